@@ -1,0 +1,9 @@
+"""Kernels for language models that drop into PyTorch: every kernel, every backend, proven, explained, undoable."""
+
+from llmkernels import autograd, functional, nn
+from llmkernels._explain import backends, explain
+from llmkernels.registry import NoBackendError, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = ["NoBackendError", "autograd", "backends", "explain", "functional", "nn", "use_backend"]

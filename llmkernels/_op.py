@@ -1,0 +1,117 @@
+"""Declare a kernel op once: its schema and its fake, in every namespace that implements it.
+
+`llmkernels::<op>` picks a backend when it runs, so that exported graphs stay portable; `llmkernels_cuda::<op>`,
+`llmkernels_cpu::<op>` and `llmkernels_triton::<op>` are the kernels themselves. The `torch` backend is plain
+PyTorch and never an op, so that torch.compile sees through it.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+from llmkernels import _native
+from llmkernels._autograd import transform_active
+from llmkernels.registry import PORTABLE, Backend
+
+KERNEL_NAMESPACES = ("cuda", "triton", "cpu")
+
+# A Library owns its registrations: they end when it is garbage-collected, so these live as long as the package.
+_libraries = {
+    name: torch.library.Library(name, "FRAGMENT")
+    for name in ("llmkernels", *(f"llmkernels_{backend}" for backend in KERNEL_NAMESPACES))
+}
+
+
+def define_kernel(name: str, schema: str, fake: Callable, portable: Callable) -> None:
+    """Define `name` in the portable namespace and in that of every compiled or Triton backend.
+
+    `fake` computes shapes and dtypes; `portable` is the run-time behaviour of `llmkernels::<name>`.
+    """
+    for namespace, library in _libraries.items():
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    _libraries["llmkernels"].impl(name, portable, "CompositeExplicitAutograd")
+
+
+def define_public(name: str, schema: str, function: Callable) -> None:
+    """Define the differentiable `torch.ops.llmkernels.<name>`: autograd and fakes come from what `function` calls."""
+    library = _libraries["llmkernels"]
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, function, "CompositeImplicitAutograd")
+
+
+def kernel(backend: str, name: str) -> Callable:
+    """The op `name` of one backend, as a function."""
+    return getattr(getattr(torch.ops, f"llmkernels_{backend}"), name).default
+
+
+def lazy_triton(module: str, names: tuple[str, ...]) -> None:
+    """Register the launchers `names` of a Triton module that is imported when one of them first runs.
+
+    Importing Triton costs 0.3 s and is not possible everywhere; `triton_why_not` guards the calls.
+    """
+    for name in names:
+
+        def launch(*args, _name=name):
+            return getattr(importlib.import_module(module), _name)(*args)
+
+        for key in ("CUDA", "CPU"):
+            _libraries["llmkernels_triton"].impl(name, launch, key)
+
+
+# --- what every op's backends refuse ---------------------------------------------------------------------------------
+
+
+def _transform_reason() -> str | None:
+    if transform_active():
+        return "a torch.func transform or forward-mode AD is active, which needs plain PyTorch"
+    return None
+
+
+def cuda_why_not(x: torch.Tensor, *_: torch.Tensor | None) -> str | None:
+    """Why the CUDA C++ kernels cannot run on the device of `x`, or None."""
+    if x.device.type != "cuda":
+        return f"input is on {x.device}, not on a CUDA device"
+    return _native.why_absent("cuda") or _transform_reason()
+
+
+def cpu_why_not(x: torch.Tensor, *_: torch.Tensor | None) -> str | None:
+    """Why the native CPU kernels cannot run on the device of `x`, or None."""
+    if x.device.type != "cpu":
+        return f"input is on {x.device}, not on the CPU"
+    return _native.why_absent("cpu") or _transform_reason()
+
+
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None
+
+
+def triton_absent() -> str | None:
+    """None if Triton can be imported, else one sentence."""
+    return None if _TRITON_FOUND else "not installed (`pip install triton`)"
+
+
+def triton_why_not(x: torch.Tensor, *_: torch.Tensor | None) -> str | None:
+    """Why the Triton kernels cannot run on the device of `x`, or None."""
+    if x.device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET", "0") != "1":
+            return "input is on the CPU, where Triton runs only under TRITON_INTERPRET=1"
+    elif x.device.type != "cuda":
+        return f"input is on {x.device}, not on a CUDA device"
+    return triton_absent() or _transform_reason()
+
+
+_WHY_NOT = {"cuda": cuda_why_not, "cpu": cpu_why_not, "triton": triton_why_not}
+
+
+def backends(op: str, fwd: str, bwd: str, reference_fwd: Callable, reference_bwd: Callable) -> list[Backend]:
+    """The usual backends of `op`, best first, from the names of its kernel ops and its plain-PyTorch functions.
+
+    `cpu` stands before `triton` only so that Triton's interpreter, far slower, is never preferred for CPU tensors.
+    """
+    entries = [Backend(op, name, kernel(name, fwd), kernel(name, bwd), why) for name, why in _WHY_NOT.items()]
+    entries.append(Backend(op, "torch", reference_fwd, reference_bwd, lambda *_: None))
+    portable = (getattr(torch.ops.llmkernels, name).default for name in (fwd, bwd))
+    return [*entries, Backend(op, PORTABLE, *portable, lambda *_: None)]

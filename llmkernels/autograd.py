@@ -1,0 +1,5 @@
+"""The torch.autograd.Functions themselves, for people who write their own modules: `X.apply(...)`."""
+
+from llmkernels.ops.norm.op import LayerNormFunction, RMSNormFunction
+
+__all__ = ["LayerNormFunction", "RMSNormFunction"]

@@ -1,0 +1,5 @@
+"""The functional surface: torch.nn.functional's signatures, plus keyword-only extras (`backend=` everywhere)."""
+
+from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+
+__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]

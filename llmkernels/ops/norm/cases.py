@@ -1,0 +1,238 @@
+"""What tests, `llmkernels check` and benchmarks run for the norm family: shapes, inputs, truth, baseline, bytes."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as torch_functional
+from torch import Tensor
+
+from llmkernels import functional
+from llmkernels.ops.norm import reference
+
+OPS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class NormCase:
+    """One call. `data` names the distribution of the input: normal, offset, small, large, outlier."""
+
+    op: str
+    shape: tuple[int, ...]
+    normalized_shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype | None = None  # None: that of the input
+    weight: bool = True
+    bias: bool = True  # layer_norm only
+    weight_offset: float = 0.0  # rms_norm only
+    eps: float = 1e-5
+    data: str = "normal"
+
+    @property
+    def is_layer_norm(self) -> bool:
+        return self.op.endswith("layer_norm")
+
+    @property
+    def adds(self) -> bool:
+        return self.op.startswith("add_")
+
+    @property
+    def cols(self) -> int:
+        return math.prod(self.normalized_shape)
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[: len(self.shape) - len(self.normalized_shape)])
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        options = [self.data] if self.data != "normal" else []
+        options += [] if self.weight else ["no_weight"]
+        options += [] if self.bias or not self.is_layer_norm else ["no_bias"]
+        options += [f"offset{self.weight_offset:g}"] if self.weight_offset else []
+        options += [f"weight_{_short(self.weight_dtype)}"] if self.weight_dtype else []
+        options += [f"dims{len(self.normalized_shape)}"] if len(self.normalized_shape) > 1 else []
+        return "-".join([self.op, size, _short(self.dtype), *options])
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(dtype)[6:]]
+
+
+@dataclass
+class NormInputs:
+    """Tensors of one case: the arguments and the gradients that arrive at the outputs."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    dy: Tensor
+    dresidual: Tensor | None
+
+
+_SCALE = {"normal": 1.0, "offset": 1.0, "small": 1e-4, "large": 1e4, "outlier": 1.0}
+
+
+def make_inputs(case: NormCase, device: str | torch.device = "cpu", seed: int = 0) -> NormInputs:
+    """Random tensors, never zeros; the same for a case and seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape, dtype=case.dtype):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+    x = torch.randn(case.shape, generator=generator, dtype=torch.float64) * _SCALE[case.data]
+    if case.data == "offset":  # mean = 10,000 x std; fp16 cannot hold it, so there 1,000 x
+        x = x + (1e3 if case.dtype == torch.float16 else 1e4)
+    if case.data == "outlier" and x.numel():
+        x.view(-1, case.cols)[:, 0] = 1e3
+    parameter_dtype = case.weight_dtype or case.dtype
+    weight = normal(case.normalized_shape, parameter_dtype) if case.weight else None
+    bias = normal(case.normalized_shape, parameter_dtype) if case.bias and case.is_layer_norm else None
+    residual = normal(case.shape) if case.adds else None
+    dresidual = normal(case.shape) if case.adds else None
+    return NormInputs(x.to(case.dtype).to(device), residual, weight, bias, normal(case.shape), dresidual)
+
+
+def call(case: NormCase, inputs: NormInputs, backend: str | None = None) -> tuple[Tensor, ...]:
+    """The public function on the tensors of `inputs`: (y,) or (y, new_residual)."""
+    tensors = (inputs.x, inputs.residual) if case.adds else (inputs.x,)
+    function = getattr(functional, case.op)
+    if case.is_layer_norm:
+        out = function(*tensors, case.normalized_shape, inputs.weight, inputs.bias, case.eps, backend=backend)
+    else:
+        settings = {"weight_offset": case.weight_offset, "backend": backend}
+        out = function(*tensors, case.normalized_shape, inputs.weight, case.eps, **settings)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def call_torch(case: NormCase, inputs: NormInputs) -> tuple[Tensor, ...]:
+    """The same by torch's own functions: the baseline of accuracy and of speed."""
+    x = inputs.x if not case.adds else inputs.x + inputs.residual
+    weight = inputs.weight
+    if case.is_layer_norm:
+        if weight is None and inputs.bias is not None and inputs.bias.dtype != x.dtype:
+            weight = torch.ones_like(inputs.bias)
+        y = torch_functional.layer_norm(x, case.normalized_shape, weight, inputs.bias, case.eps)
+    elif case.weight_offset:
+        # Gemma's module: everything in fp32 (fp64), one cast at the end.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        scale = weight.to(wide) + case.weight_offset
+        y = torch_functional.rms_norm(x.to(wide), case.normalized_shape, scale, case.eps).to(x.dtype)
+    else:
+        y = torch_functional.rms_norm(x, case.normalized_shape, weight, case.eps)
+    return (y, x) if case.adds else (y,)
+
+
+def _gradients(case: NormCase, inputs: NormInputs, function) -> dict[str, Tensor]:
+    """Run `function(leaves)` and its backward: outputs and gradients by name."""
+    names = [name for name in ("x", "residual", "weight", "bias") if getattr(inputs, name) is not None]
+    leaves = replace(inputs, **{name: getattr(inputs, name).detach().requires_grad_() for name in names})
+    outputs = function(leaves)
+    arriving = [inputs.dy, inputs.dresidual][: len(outputs)]
+    grads = torch.autograd.grad(outputs, [getattr(leaves, name) for name in names], arriving)
+    results = dict(zip(("y", "new_residual"), (out.detach() for out in outputs), strict=False))
+    return results | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
+
+
+def evaluate(case: NormCase, inputs: NormInputs, backend: str | None = None) -> dict[str, Tensor]:
+    """Outputs and gradients of the public function."""
+    return _gradients(case, inputs, lambda leaves: call(case, leaves, backend))
+
+
+def baseline(case: NormCase, inputs: NormInputs) -> dict[str, Tensor]:
+    """Outputs and gradients of plain PyTorch in the same dtype."""
+    return _gradients(case, inputs, lambda leaves: call_torch(case, leaves))
+
+
+def truth(case: NormCase, inputs: NormInputs) -> dict[str, Tensor]:
+    """Outputs and gradients in fp64, of the sum as it is rounded to the dtype under test."""
+    s = inputs.x if not case.adds else inputs.x + inputs.residual
+    wide = NormInputs(*(None if t is None else t.double() for t in (s, None, inputs.weight, inputs.bias, inputs.dy, None)))
+    alone = replace(case, op=case.op.removeprefix("add_"), dtype=torch.float64, weight_dtype=None)
+
+    def formula(leaves):
+        if case.is_layer_norm:
+            return (reference.layer_norm(leaves.x, None, leaves.weight, leaves.bias, case.normalized_shape, case.eps),)
+        args = (leaves.x, None, leaves.weight, case.normalized_shape, case.eps, case.weight_offset)
+        return (reference.rms_norm(*args),)
+
+    results = _gradients(alone, wide, formula)
+    if case.adds:
+        results["dx"] = results["dx"] + inputs.dresidual.double()
+        results |= {"new_residual": s.double(), "dresidual": results["dx"]}
+    return results
+
+
+def as_rows(case: NormCase, name: str, tensor: Tensor) -> Tensor:
+    """A result as `[rows, cols]`: the gradient of a parameter is one row."""
+    return tensor.reshape(1, -1) if name in ("dweight", "dbias") else tensor.reshape(case.rows, case.cols)
+
+
+def term_size(case: NormCase, inputs: NormInputs, name: str) -> Tensor | None:
+    """`[rows]`: the rms size of the terms that a result is a sum or difference of; None where there is only one.
+
+    Terms can cancel, most of all in rows of few columns, and then their rounding is all there is to see.
+    """
+    if name == "new_residual" or (name == "y" and inputs.bias is None):
+        return None
+    s = (inputs.x if not case.adds else inputs.x + inputs.residual).double().reshape(case.rows, case.cols)
+    centered = s - s.mean(-1, keepdim=True) if case.is_layer_norm else s
+    rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + case.eps)
+    dy = inputs.dy.double().reshape(case.rows, case.cols)
+    scale = 1.0 if inputs.weight is None else inputs.weight.double().flatten() + case.weight_offset
+    terms = {
+        "y": lambda: (centered * rstd * scale).abs() + (0.0 if inputs.bias is None else inputs.bias.flatten().abs()),
+        "dx": lambda: rstd * dy * scale,
+        "dresidual": lambda: rstd * dy * scale,
+        "dweight": lambda: (dy * centered * rstd).abs().sum(0, keepdim=True),
+        "dbias": lambda: dy.abs().sum(0, keepdim=True),
+    }
+    return terms[name]().square().mean(-1).sqrt()
+
+
+def bytes_moved(case: NormCase, direction: str) -> int:
+    """Bytes that must be read and written once: "fwd", "bwd" or "fwd+bwd". Parameters and statistics count too."""
+    size = case.rows * case.cols * case.dtype.itemsize
+    parameters = case.cols * (case.weight_dtype or case.dtype).itemsize * (case.weight + (case.bias and case.is_layer_norm))
+    stats = case.rows * reference.accumulate_dtype(case.dtype).itemsize * (2 if case.is_layer_norm else 1)
+    forward = size * (4 if case.adds else 2) + parameters + stats
+    backward = size * (4 if case.adds else 3) + 2 * parameters + stats
+    return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[direction]
+
+
+def test_cases() -> list[NormCase]:
+    """The cases of the test battery: each option, each dtype, awkward row lengths, hard data."""
+    cases = []
+    for op in OPS:
+        for dtype in DTYPES:
+            cases.append(NormCase(op, (5, 33), (33,), dtype))
+            cases += [NormCase(op, (6, 100), (100,), dtype, data=data) for data in ("offset", "small", "large", "outlier")]
+            cases.append(NormCase(op, (3, 4, 6, 8), (6, 8), dtype))
+            cases.append(NormCase(op, (7, 40), (40,), dtype, weight=False, bias=False))
+            if dtype in (torch.bfloat16, torch.float16):
+                cases.append(NormCase(op, (5, 72), (72,), dtype, weight_dtype=torch.float32))
+            if op.endswith("layer_norm"):
+                cases.append(NormCase(op, (5, 40), (40,), dtype, bias=False))
+            else:
+                cases.append(NormCase(op, (5, 40), (40,), dtype, weight_offset=1.0))
+        cases += [NormCase(op, (3, cols), (cols,)) for cols in (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 63, 64, 65, 127, 1000, 1025)]
+        cases += [NormCase(op, (4, 1025), (1025,), torch.bfloat16), NormCase(op, (1, 5000), (5000,))]
+        cases += [NormCase(op, shape, shape[-1:]) for shape in ((0, 16), (4, 0), (16,))]
+        cases.append(NormCase(op, (300, 64), (64,)))
+    return cases
+
+
+def long_row_cases() -> list[NormCase]:
+    """Rows of up to 262,144 columns: too slow for an interpreter."""
+    return [
+        NormCase(op, (2, cols), (cols,), dtype, data=data)
+        for op in ("layer_norm", "add_rms_norm")
+        for cols, dtype, data in (
+            (8193, torch.bfloat16, "normal"),
+            (65_536, torch.float32, "offset"),
+            (262_144, torch.float32, "normal"),
+            (262_144, torch.bfloat16, "outlier"),
+        )
+    ]

@@ -1,0 +1,403 @@
+"""layer_norm, rms_norm and their fused residual adds: schemas, fakes, argument checks, autograd, backend order."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmkernels import _op, registry
+from llmkernels._autograd import differentiable_backward, needs_grad, transform_active
+from llmkernels.ops.norm import reference
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# --- raw ops: one forward and one backward per kind; a residual is an optional input --------------------------------
+
+
+def _stats(x: Tensor, normalized_shape) -> Tensor:
+    return x.new_empty(x.shape[: x.dim() - len(normalized_shape)], dtype=reference.accumulate_dtype(x.dtype))
+
+
+def _like(x: Tensor, wanted: bool = True) -> Tensor:
+    return x.new_empty(x.shape) if wanted else x.new_empty(0)
+
+
+def _parameter_grad(x: Tensor, weight: Tensor | None, normalized_shape, wanted: bool) -> Tensor:
+    dtype = x.dtype if weight is None else weight.dtype
+    return x.new_empty(normalized_shape, dtype=dtype) if wanted else x.new_empty(0)
+
+
+def _layer_norm_fwd_fake(x, residual, weight, bias, normalized_shape, eps):
+    return _like(x), _like(x, residual is not None), _stats(x, normalized_shape), _stats(x, normalized_shape)
+
+
+def _layer_norm_bwd_fake(dy, dresidual, x, weight, mean, rstd, normalized_shape, wanted):
+    dweight = _parameter_grad(x, weight, normalized_shape, wanted[1])
+    return _like(x, wanted[0]), dweight, _parameter_grad(x, weight, normalized_shape, wanted[2])
+
+
+def _rms_norm_fwd_fake(x, residual, weight, normalized_shape, eps, weight_offset):
+    return _like(x), _like(x, residual is not None), _stats(x, normalized_shape)
+
+
+def _rms_norm_bwd_fake(dy, dresidual, x, weight, rstd, normalized_shape, weight_offset, wanted):
+    return _like(x, wanted[0]), _parameter_grad(x, weight, normalized_shape, wanted[1])
+
+
+def _portable_layer_norm_fwd(x, residual, weight, bias, normalized_shape, eps):
+    op = "layer_norm" if residual is None else "add_layer_norm"
+    chosen = registry.pick(op, (x, residual, weight, bias))
+    return chosen.fwd(x, residual, weight, bias, normalized_shape, eps)
+
+
+def _portable_layer_norm_bwd(dy, dresidual, x, weight, mean, rstd, normalized_shape, wanted):
+    chosen = registry.pick("layer_norm", (x, None, weight, None))
+    return chosen.bwd(dy, dresidual, x, weight, mean, rstd, normalized_shape, wanted)
+
+
+def _portable_rms_norm_fwd(x, residual, weight, normalized_shape, eps, weight_offset):
+    chosen = registry.pick("rms_norm" if residual is None else "add_rms_norm", (x, residual, weight, None))
+    return chosen.fwd(x, residual, weight, normalized_shape, eps, weight_offset)
+
+
+def _portable_rms_norm_bwd(dy, dresidual, x, weight, rstd, normalized_shape, weight_offset, wanted):
+    chosen = registry.pick("rms_norm", (x, None, weight, None))
+    return chosen.bwd(dy, dresidual, x, weight, rstd, normalized_shape, weight_offset, wanted)
+
+
+_op.define_kernel(
+    "layer_norm_fwd",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, SymInt[] normalized_shape, float eps)"
+    " -> (Tensor y, Tensor new_residual, Tensor mean, Tensor rstd)",
+    _layer_norm_fwd_fake,
+    _portable_layer_norm_fwd,
+)
+_op.define_kernel(
+    "layer_norm_bwd",
+    "(Tensor dy, Tensor? dresidual, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, SymInt[] normalized_shape,"
+    " bool[3] wanted) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _layer_norm_bwd_fake,
+    _portable_layer_norm_bwd,
+)
+_op.define_kernel(
+    "rms_norm_fwd",
+    "(Tensor x, Tensor? residual, Tensor? weight, SymInt[] normalized_shape, float eps, float weight_offset)"
+    " -> (Tensor y, Tensor new_residual, Tensor rstd)",
+    _rms_norm_fwd_fake,
+    _portable_rms_norm_fwd,
+)
+_op.define_kernel(
+    "rms_norm_bwd",
+    "(Tensor dy, Tensor? dresidual, Tensor x, Tensor? weight, Tensor rstd, SymInt[] normalized_shape,"
+    " float weight_offset, bool[2] wanted) -> (Tensor dx, Tensor dweight)",
+    _rms_norm_bwd_fake,
+    _portable_rms_norm_bwd,
+)
+_op.lazy_triton(
+    "llmkernels.ops.norm.triton_kernels", ("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd")
+)
+
+# --- autograd -------------------------------------------------------------------------------------------------------
+# `chosen` is the name of the backend: both directions come from the same one. The normed tensor s is saved, not x and
+# residual: s = x + residual has the same gradient for both.
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """apply(x, residual, weight, bias, normalized_shape, eps, chosen) -> y, or (y, new_residual) with a residual."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, normalized_shape, eps, chosen):
+        fwd = registry.entry("layer_norm", chosen).fwd
+        y, new_residual, mean, rstd = fwd(x, residual, weight, bias, normalized_shape, eps)
+        ctx.save_for_backward(x if residual is None else new_residual, weight, bias, mean, rstd)
+        ctx.settings = (normalized_shape, eps, chosen)
+        ctx.set_materialize_grads(False)
+        return y if residual is None else (y, new_residual)
+
+    @staticmethod
+    def backward(ctx, dy, dresidual=None):
+        s, weight, bias, mean, rstd = ctx.saved_tensors
+        normalized_shape, eps, chosen = ctx.settings
+        needs = ctx.needs_input_grad
+        if dy is None:
+            dy = torch.zeros_like(s)
+        if _is_differentiated(dy):
+            formula = lambda s, weight, bias: reference.layer_norm(s, None, weight, bias, normalized_shape, eps)  # noqa: E731
+            ds, dweight, dbias = differentiable_backward(formula, (s, weight, bias), (dy,))
+            if dresidual is not None:
+                ds = dresidual if ds is None else ds + dresidual
+        else:
+            wanted = (needs[0] or needs[1], needs[2], needs[3])
+            bwd = registry.entry("layer_norm", chosen).bwd
+            ds, dweight, dbias = bwd(dy, dresidual, s, weight, mean, rstd, normalized_shape, wanted)
+        return (*_grads(needs, ds, ds, dweight, dbias), None, None, None)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """apply(x, residual, weight, normalized_shape, eps, weight_offset, chosen) -> y, or (y, new_residual)."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, normalized_shape, eps, weight_offset, chosen):
+        fwd = registry.entry("rms_norm", chosen).fwd
+        y, new_residual, rstd = fwd(x, residual, weight, normalized_shape, eps, weight_offset)
+        ctx.save_for_backward(x if residual is None else new_residual, weight, rstd)
+        ctx.settings = (normalized_shape, eps, weight_offset, chosen)
+        ctx.set_materialize_grads(False)
+        return y if residual is None else (y, new_residual)
+
+    @staticmethod
+    def backward(ctx, dy, dresidual=None):
+        s, weight, rstd = ctx.saved_tensors
+        normalized_shape, eps, weight_offset, chosen = ctx.settings
+        needs = ctx.needs_input_grad
+        if dy is None:
+            dy = torch.zeros_like(s)
+        if _is_differentiated(dy):
+            formula = lambda s, weight: reference.rms_norm(s, None, weight, normalized_shape, eps, weight_offset)  # noqa: E731
+            ds, dweight = differentiable_backward(formula, (s, weight), (dy,))
+            if dresidual is not None:
+                ds = dresidual if ds is None else ds + dresidual
+        else:
+            bwd = registry.entry("rms_norm", chosen).bwd
+            wanted = (needs[0] or needs[1], needs[2])
+            ds, dweight = bwd(dy, dresidual, s, weight, rstd, normalized_shape, weight_offset, wanted)
+        return (*_grads(needs, ds, ds, dweight), None, None, None, None)
+
+
+def _is_differentiated(dy: Tensor) -> bool:
+    """Whether this backward is itself recorded (create_graph=True). A compiler records no second order."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _grads(needs, *grads):
+    return tuple(grad if need else None for need, grad in zip(needs, grads, strict=False))
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def _checked_shape(op: str, x: Tensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(normalized_shape, int):
+        normalized_shape = (normalized_shape,)
+    shape = tuple(normalized_shape)
+    if not shape:
+        raise ValueError(f"{op}: normalized_shape is (), expected at least one dimension")
+    if tuple(x.shape[-len(shape) :]) != shape:
+        raise ValueError(f"{op}: input has shape {tuple(x.shape)}, expected (*, {', '.join(map(str, shape))})")
+    return shape
+
+
+def _check_tensor(op: str, name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], shape_name: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape} = {shape_name}")
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device}, the device of input")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected one of {_dtype_names()}")
+
+
+def _dtype_names() -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+
+
+def _prepare(op, x, residual, weight, bias, normalized_shape):
+    """Check the meaning of the arguments, once for every backend; cast what torch's own op would cast."""
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: input has dtype {x.dtype}, expected one of {_dtype_names()}")
+    shape = _checked_shape(op, x, normalized_shape)
+    if residual is not None:
+        _check_tensor(op, "residual", residual, x, tuple(x.shape), "input.shape")
+    if weight is not None:
+        _check_tensor(op, "weight", weight, x, shape, "normalized_shape")
+    if bias is not None:
+        _check_tensor(op, "bias", bias, x, shape, "normalized_shape")
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        # torch's CUDA autocast runs both norms in fp32 (fp64 stays); CPU autocast leaves them alone.
+        x, residual, weight, bias = (
+            t if t is None or t.dtype == torch.float64 else t.float() for t in (x, residual, weight, bias)
+        )
+    if residual is not None and residual.dtype != x.dtype:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
+    return x, residual, weight, bias, shape
+
+
+def _layer_norm(op, x, residual, normalized_shape, weight, bias, eps, backend):
+    x, residual, weight, bias, shape = _prepare(op, x, residual, weight, bias, normalized_shape)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.dtype != x.dtype:
+            _check_mixed_dtype(op, name, parameter, x)
+    if bias is not None:
+        if weight is None:
+            weight = torch.ones_like(bias)
+        elif weight.dtype != bias.dtype:
+            raise TypeError(f"{op}: bias has dtype {bias.dtype}, expected {weight.dtype}, the dtype of weight")
+    tensors = (x, residual, weight, bias)
+    chosen = registry.pick(op, tensors, backend)
+    if chosen.name == "torch" and transform_active():
+        return reference.layer_norm(*tensors, shape, eps)
+    if torch.compiler.is_exporting():
+        chosen = registry.entry(op, registry.PORTABLE)
+    if needs_grad(*tensors):
+        return LayerNormFunction.apply(*tensors, shape, eps, chosen.name)
+    y, new_residual, _, _ = chosen.fwd(*tensors, shape, eps)
+    return y if residual is None else (y, new_residual)
+
+
+def _check_mixed_dtype(op, name, parameter, x):
+    if parameter.dtype != torch.float32 or x.dtype not in (torch.bfloat16, torch.float16):
+        allowed = f"{x.dtype}" if x.dtype in (torch.float32, torch.float64) else f"{x.dtype} or torch.float32"
+        raise TypeError(f"{op}: {name} has dtype {parameter.dtype}, expected {allowed} with a {x.dtype} input")
+
+
+def _rms_norm(op, x, residual, normalized_shape, weight, eps, weight_offset, backend):
+    x, residual, weight, _, shape = _prepare(op, x, residual, weight, None, normalized_shape)
+    if weight is None:
+        if weight_offset != 0.0:
+            raise ValueError(f"{op}: weight_offset is {weight_offset} without a weight, expected 0.0")
+    elif weight.dtype != x.dtype:
+        # As torch: any floating weight, multiplied in the type of the statistics.
+        weight = weight.to(reference.accumulate_dtype(x.dtype))
+    if eps is None:
+        eps = torch.finfo(reference.accumulate_dtype(x.dtype)).eps
+    tensors = (x, residual, weight, None)
+    chosen = registry.pick(op, tensors, backend)
+    if chosen.name == "torch" and transform_active():
+        return reference.rms_norm(x, residual, weight, shape, eps, weight_offset)
+    if torch.compiler.is_exporting():
+        chosen = registry.entry(op, registry.PORTABLE)
+    if needs_grad(*tensors):
+        return RMSNormFunction.apply(x, residual, weight, shape, eps, weight_offset, chosen.name)
+    y, new_residual, _ = chosen.fwd(x, residual, weight, shape, eps, weight_offset)
+    return y if residual is None else (y, new_residual)
+
+
+# --- the public functions -------------------------------------------------------------------------------------------
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Layer normalisation over the trailing dimensions `normalized_shape`; torch.nn.functional.layer_norm's signature.
+
+    Args:
+        input: `[*, *normalized_shape]`, fp64, fp32, bf16 or fp16, any strides.
+        normalized_shape: the dimensions that share a mean and a variance; an int means `(int,)`.
+        weight, bias: `normalized_shape`; the dtype of `input`, or fp32 with a 16-bit `input`.
+        eps: added to the (biased) variance, not to the standard deviation.
+        backend: "cuda" | "triton" | "cpu" | "torch"; default: the first that can run this call.
+    Returns: the shape and dtype of `input`. Statistics are computed and saved in fp32 (fp64 for fp64).
+    Raises: ValueError or TypeError, shapes, devices or dtypes disagree; NoBackendError, a forced backend cannot
+        run this call (the message says why).
+    Reference: Ba, Kiros, Hinton 2016, arXiv:1607.06450.
+    """
+    return _layer_norm("layer_norm", input, None, normalized_shape, weight, bias, eps, backend)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """RMS normalisation over the trailing dimensions `normalized_shape`; torch.nn.functional.rms_norm's signature.
+
+    Args:
+        input: `[*, *normalized_shape]`, fp64, fp32, bf16 or fp16, any strides.
+        normalized_shape: the dimensions that share a mean square; an int means `(int,)`.
+        weight: `normalized_shape`, any of the four dtypes.
+        eps: added to the mean square; None means the machine epsilon of the type of the statistics (fp32's for
+            16-bit input), as in torch.
+        weight_offset: added to `weight` before the product; 1.0 is Gemma's form.
+        backend: "cuda" | "triton" | "cpu" | "torch"; default: the first that can run this call.
+    Returns: the shape and dtype of `input`; one rounding, after the product with the weight.
+    Raises: ValueError or TypeError, shapes, devices or dtypes disagree; NoBackendError, a forced backend cannot
+        run this call (the message says why).
+    Reference: Zhang, Sennrich 2019, arXiv:1910.07467.
+    """
+    return _rms_norm("rms_norm", input, None, normalized_shape, weight, eps, weight_offset, backend)
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`layer_norm(input + residual)` and the sum itself, in one pass (pre-norm residual blocks).
+
+    `residual` has the shape of `input`; both are promoted to a common dtype as `input + residual` would be, and the
+    norm is taken of the sum as rounded to that dtype. Other arguments and errors as `layer_norm`.
+    Returns: (normed, new_residual), both `[*, *normalized_shape]` in the promoted dtype.
+    """
+    return _layer_norm("add_layer_norm", input, residual, normalized_shape, weight, bias, eps, backend)
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rms_norm(input + residual)` and the sum itself, in one pass (pre-norm residual blocks).
+
+    `residual` has the shape of `input`; both are promoted to a common dtype as `input + residual` would be, and the
+    norm is taken of the sum as rounded to that dtype. Other arguments and errors as `rms_norm`.
+    Returns: (normed, new_residual), both `[*, *normalized_shape]` in the promoted dtype.
+    """
+    return _rms_norm("add_rms_norm", input, residual, normalized_shape, weight, eps, weight_offset, backend)
+
+
+# --- backends, best first -------------------------------------------------------------------------------------------
+
+_LAYER_NORM = ("layer_norm_fwd", "layer_norm_bwd", reference.layer_norm_fwd, reference.layer_norm_bwd)
+_RMS_NORM = ("rms_norm_fwd", "rms_norm_bwd", reference.rms_norm_fwd, reference.rms_norm_bwd)
+
+for _name, _kind in (
+    ("layer_norm", _LAYER_NORM),
+    ("add_layer_norm", _LAYER_NORM),
+    ("rms_norm", _RMS_NORM),
+    ("add_rms_norm", _RMS_NORM),
+):
+    registry.register(_name, *_op.backends(_name, *_kind))
+
+_op.define_public(
+    "layer_norm",
+    "(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None, float eps=1e-05) -> Tensor",
+    layer_norm,
+)
+_op.define_public(
+    "rms_norm",
+    "(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *, float weight_offset=0.0)"
+    " -> Tensor",
+    rms_norm,
+)
+_op.define_public(
+    "add_layer_norm",
+    "(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None,"
+    " float eps=1e-05) -> (Tensor, Tensor)",
+    add_layer_norm,
+)
+_op.define_public(
+    "add_rms_norm",
+    "(Tensor input, Tensor residual, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None, *,"
+    " float weight_offset=0.0) -> (Tensor, Tensor)",
+    add_rms_norm,
+)

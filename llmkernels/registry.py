@@ -1,0 +1,168 @@
+"""Which backend runs a call, and why the others do not.
+
+Every op has an ordered list of backends, best first, ending in `torch`, which never refuses. An entry either
+accepts a call or says in one sentence why not. Overrides, strongest first: the `backend=` argument, `with
+use_backend("triton")`, the environment variable LLMKERNELS_BACKEND, the order of the list.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+PORTABLE = "portable"  # not a choice of the user's: ops that pick a backend when they run, for exported graphs
+
+_log = logging.getLogger("llmkernels")
+
+
+class _Forced(threading.local):
+    """Each thread has its own; a context variable would be that too, but torch.compile cannot trace one."""
+
+    name: str | None = None
+
+
+_forced = _Forced()
+_registry: dict[str, tuple["Backend", ...]] = {}
+_by_name: dict[tuple[str, str], "Backend"] = {}
+_observer: Callable | None = None
+_reported: set[tuple[str, str]] = set()
+
+
+class NoBackendError(RuntimeError):
+    """A forced backend cannot run this call; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One implementation of one op. `why_not(*tensors)` returns None or one sentence."""
+
+    op: str
+    name: str
+    fwd: Callable
+    bwd: Callable
+    why_not: Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns: one line per backend, and which of them runs."""
+
+    op: str
+    chosen: str | None
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.chosen or 'no backend'} runs"]
+        for name, reason in self.reasons.items():
+            state = "runs" if name == self.chosen else reason or "can run"
+            lines.append(f"  {name:<7} {state}")
+        return "\n".join(lines)
+
+
+def register(op: str, *entries: Backend) -> None:
+    """Register the backends of `op`, best first: the last must be `torch`; one named PORTABLE is kept apart."""
+    if op in _registry:
+        raise ValueError(f"{op} is registered already")
+    choices = tuple(entry for entry in entries if entry.name != PORTABLE)
+    if choices[-1].name != "torch":
+        raise ValueError(f"{op}: the last backend must be 'torch', which never refuses, got {choices[-1].name!r}")
+    _registry[op] = choices
+    _by_name.update({(op, entry.name): entry for entry in entries})
+
+
+def ops() -> tuple[str, ...]:
+    """The names of all registered ops."""
+    return tuple(_registry)
+
+
+def entries(op: str) -> tuple[Backend, ...]:
+    """The backends of `op`, best first."""
+    try:
+        return _registry[op]
+    except KeyError:
+        raise ValueError(f"unknown op {op!r}; known: {', '.join(_registry)}") from None
+
+
+def entry(op: str, name: str) -> Backend:
+    """One backend of `op` by its name."""
+    return _by_name[op, name]
+
+
+def checked_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    return name
+
+
+def forced_backend(argument: str | None = None) -> str | None:
+    """The backend forced on this call, if any: the argument, then `use_backend`, then LLMKERNELS_BACKEND."""
+    if argument is not None:
+        return checked_name(argument, "backend")
+    inner = _forced.name
+    if inner is not None:
+        return inner
+    environment = os.environ.get("LLMKERNELS_BACKEND")
+    return checked_name(environment, "LLMKERNELS_BACKEND") if environment else None
+
+
+def pick(op: str, tensors: tuple, backend: str | None = None) -> Backend:
+    """The backend that runs `op` on `tensors` (the tensor arguments in order, None where absent)."""
+    if _observer is not None:
+        _observer(op, tensors, backend)
+    forced = forced_backend(backend)
+    refusals = []
+    for entry in _registry[op]:
+        if forced is not None and entry.name != forced:
+            continue
+        reason = entry.why_not(*tensors)
+        if reason is None:
+            if refusals and entry.name == "torch":
+                _report_fallback(op, tensors, refusals)
+            return entry
+        refusals.append(f"{entry.name}: {reason}")
+    raise NoBackendError(f"{op}: backend {forced!r} cannot run this call: {'; '.join(refusals) or 'not registered'}")
+
+
+def explain_call(op: str, tensors: tuple, backend: str | None = None) -> Explanation:
+    """Ask every backend of `op`, and say which one `pick` takes."""
+    forced = forced_backend(backend)
+    reasons, chosen = {}, None
+    for entry in entries(op):
+        reasons[entry.name] = entry.why_not(*tensors)
+        if chosen is None and reasons[entry.name] is None and forced in (None, entry.name):
+            chosen = entry.name
+    return Explanation(op, chosen, reasons)
+
+
+@contextlib.contextmanager
+def observe(observer: Callable) -> Iterator[None]:
+    """Show every `pick` (op, tensors, backend argument) to `observer` before it is answered."""
+    global _observer
+    before, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = before
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend for every op called in this context (and thread)."""
+    before, _forced.name = _forced.name, checked_name(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced.name = before
+
+
+def _report_fallback(op: str, tensors: tuple, refusals: list[str]) -> None:
+    """Falling to `torch` on a GPU costs speed silently: say so once for each op and reason."""
+    if tensors[0].device.type != "cuda":
+        return
+    text = "; ".join(refusals)
+    if (op, text) not in _reported:
+        _reported.add((op, text))
+        _log.warning("%s runs on the torch backend: %s", op, text)

@@ -1,0 +1,151 @@
+"""The `backend` parameter, what must have run at the end, and the closing table of what was skipped and why."""
+
+import collections
+import itertools
+import os
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read by Triton when a kernel is decorated, so it is set before anything imports one.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import llmkernels
+from llmkernels import _native, _op, registry
+
+COVERAGE = Path(__file__).with_name("coverage.toml")
+_covered: set[tuple[str, ...]] = set()
+_outcomes: dict[tuple[str, str], collections.Counter] = collections.defaultdict(collections.Counter)
+_reasons: dict[tuple[str, str], collections.Counter] = collections.defaultdict(collections.Counter)
+
+
+def device_of(backend: str) -> str:
+    """Where a backend is tested: on a GPU if there is one; Triton's interpreter runs on the CPU."""
+    on_gpu = backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
+    return "cuda" if on_gpu else "cpu"
+
+
+def absent(backend: str) -> str | None:
+    """Why this machine cannot run any test of a backend, or None."""
+    if backend == "cuda":
+        return _native.why_absent("cuda") or (None if torch.cuda.is_available() else "no CUDA device")
+    if backend == "triton":
+        return _op.triton_absent()
+    return _native.why_absent("cpu") if backend == "cpu" else None
+
+
+@pytest.fixture(params=registry.BACKENDS)
+def backend(request) -> str:
+    """Each backend by name; skipped with its own sentence where its tool is absent."""
+    reason = absent(request.param)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def device(backend) -> str:
+    return device_of(backend)
+
+
+@pytest.fixture
+def poison():
+    """Fill what torch.empty and at::empty return with NaN, also inside the extension."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def covers():
+    """Call with (op, backend, dtype, option, direction) once that line of coverage.toml has been verified."""
+    return lambda *line: _covered.add(tuple(map(str, line)))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Filters of `make test OP=layer_norm BACKEND=cpu`."""
+    op, chosen = os.environ.get("OP"), os.environ.get("BACKEND")
+    if not (op or chosen):
+        return
+
+    def wanted(item) -> bool:
+        parameters = getattr(item, "callspec", None)
+        values = [str(value) for value in parameters.params.values()] if parameters else []
+        of_op = not op or op in item.nodeid or any(value.startswith(f"{op}-") for value in values)
+        return of_op and (not chosen or not parameters or parameters.params.get("backend", chosen) == chosen)
+
+    dropped = [item for item in items if not wanted(item)]
+    items[:] = [item for item in items if wanted(item)]
+    config.hook.pytest_deselected(items=dropped)
+    config.stash[_FILTERED] = True
+
+
+_FILTERED = pytest.StashKey[bool]()
+
+
+def pytest_deselected(items):
+    if items:
+        items[0].config.stash[_FILTERED] = True
+
+
+def _key(nodeid: str, keywords) -> tuple[str, str]:
+    subject = Path(nodeid.split("::")[0]).stem.removeprefix("test_")
+    return subject, next((name for name in registry.BACKENDS if f"[{name}" in nodeid or f"-{name}-" in nodeid
+                          or f"-{name}]" in nodeid), "all")
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or report.outcome == "skipped":
+        key = _key(report.nodeid, report.keywords)
+        _outcomes[key][report.outcome] += 1
+        if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
+            _reasons[key][report.longrepr[2].removeprefix("Skipped: ")] += 1
+
+
+def _missing_lines() -> list[str]:
+    missing = []
+    for block in tomllib.loads(COVERAGE.read_text())["must_run"]:
+        lines = itertools.product(*(block[axis] for axis in ("ops", "backends", "dtypes", "options", "directions")))
+        missing += [" ".join(line) for line in lines if absent(line[1]) is None and line not in _covered]
+    return missing
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """A complete run has to cover every line of coverage.toml."""
+    whole = Path(__file__).parent.resolve()
+    config = session.config
+    arguments = {Path(str(argument).split("::")[0]).resolve() for argument in config.args}
+    complete = arguments in ({whole}, {whole.parent}) and not config.stash.get(_FILTERED, False)
+    if complete and not config.option.collectonly and exitstatus == pytest.ExitCode.OK:
+        session.stash[_MISSING] = _missing_lines()
+        if session.stash[_MISSING]:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    config.stash[_SESSION] = session
+
+
+_MISSING = pytest.StashKey[list]()
+_SESSION = pytest.StashKey[pytest.Session]()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    write = terminalreporter.write_line
+    terminalreporter.section("what ran")
+    for (subject, name), counts in sorted(_outcomes.items()):
+        line = f"{subject:<22} {name:<7} " + "  ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+        write(line)
+        for reason, count in _reasons[subject, name].most_common():
+            write(f"{'':<30} {count} x {reason}")
+    missing = config.stash[_SESSION].stash.get(_MISSING, []) if _SESSION in config.stash else []
+    if missing:
+        terminalreporter.section("listed in coverage.toml but not covered", red=True)
+        for line in missing:
+            write(line)
+
+
+def pytest_report_header():
+    present = ", ".join(name if reason is None else f"no {name}" for name, reason in llmkernels.backends().items())
+    return f"llmkernels {llmkernels.__version__}: {present}"
