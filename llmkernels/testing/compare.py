@@ -21,7 +21,7 @@ class Tolerance:
     ulp: float
 
 
-OUTPUT = Tolerance(2.0, 0.5)
+OUTPUT = Tolerance(2.0, 1.0)
 GRADIENT = Tolerance(3.0, 2.0)
 
 

@@ -1,0 +1,171 @@
+// What the CPU and the CUDA binding of the norm family share: tensors -> params, with every check that protects
+// memory. Only the device differs, and who runs the params.
+#pragma once
+
+#include <ATen/ops/empty.h>
+
+#include <array>
+#include <tuple>
+
+#include "ops/norm/norm.h"
+#include "torch/checks.h"
+
+namespace llmkernels {
+
+inline DType norm_dtype(const char* op, const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": x has dtype ", x.scalar_type(),
+                       ", expected float64, float32, bfloat16 or float16");
+  }
+}
+
+inline at::ScalarType norm_acc(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// How a call's tensors lie: rows x cols, and the shape of the statistics.
+struct NormShape {
+  int64_t rows = 1, cols = 1;
+  at::IntArrayRef sizes, stats_sizes, normalized;
+
+  NormShape(const char* op, const at::Tensor& x, at::IntArrayRef normalized_shape) : normalized(normalized_shape) {
+    const int64_t dims = static_cast<int64_t>(normalized_shape.size());
+    TORCH_CHECK_VALUE(dims >= 1 && dims <= x.dim() && x.sizes().slice(x.dim() - dims) == normalized_shape, op,
+                      ": x has shape ", x.sizes(), ", expected it to end in normalized_shape ", normalized_shape);
+    sizes = x.sizes();
+    stats_sizes = x.sizes().slice(0, x.dim() - dims);
+    for (const int64_t size : stats_sizes) rows *= size;
+    for (const int64_t size : normalized_shape) cols *= size;
+  }
+};
+
+// The contiguous parameter and its dtype; an empty tensor if there is none.
+inline at::Tensor norm_parameter(const char* op, const char* name, const at::Tensor* parameter, const at::Tensor& x,
+                                 const NormShape& shape) {
+  if (parameter == nullptr) return {};
+  check_device(op, name, *parameter, x.device());
+  check_shape(op, name, *parameter, shape.normalized);
+  TORCH_CHECK_TYPE(parameter->scalar_type() == x.scalar_type() || parameter->scalar_type() == norm_acc(x), op, ": ",
+                   name, " has dtype ", parameter->scalar_type(), ", expected ", x.scalar_type(), " or ", norm_acc(x));
+  return parameter->contiguous();
+}
+
+inline void* pointer(const at::Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
+
+inline Rows norm_rows(const char* op, const char* name, const at::Tensor* tensor, const at::Tensor& x,
+                      const NormShape& shape) {
+  if (tensor == nullptr) return {};
+  check_device(op, name, *tensor, x.device());
+  check_dtype(op, name, *tensor, x.scalar_type());
+  check_shape(op, name, *tensor, shape.sizes);
+  return as_rows(*tensor, shape.rows, shape.cols);
+}
+
+// `run(params)` fills the outputs; it is not called when there is nothing to fill.
+template <class Run>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_fwd_call(
+    const char* op, NormKind kind, const at::Tensor& x, const at::Tensor* residual, const at::Tensor* weight,
+    const at::Tensor* bias, at::IntArrayRef normalized_shape, double eps, double weight_offset, Run&& run) {
+  NormFwdParams p{};
+  p.dtype = norm_dtype(op, x);
+  const NormShape shape(op, x, normalized_shape);
+  TORCH_CHECK_VALUE(bias == nullptr || weight != nullptr, op, ": bias without weight, expected both or none");
+  const Rows x_rows = as_rows(x, shape.rows, shape.cols);
+  const Rows residual_rows = norm_rows(op, "residual", residual, x, shape);
+  const at::Tensor w = norm_parameter(op, "weight", weight, x, shape);
+  const at::Tensor b = norm_parameter(op, "bias", bias, x, shape);
+  if (b.defined()) check_dtype(op, "bias", b, w.scalar_type());
+
+  const at::TensorOptions options = x.options();
+  at::Tensor y = at::empty(shape.sizes, options.memory_format(at::MemoryFormat::Contiguous));
+  at::Tensor new_residual = at::empty(residual != nullptr ? shape.sizes : at::IntArrayRef{0}, options);
+  const at::TensorOptions acc = options.dtype(norm_acc(x));
+  at::Tensor mean = kind == NormKind::kLayerNorm ? at::empty(shape.stats_sizes, acc) : at::Tensor();
+  at::Tensor rstd = at::empty(shape.stats_sizes, acc);
+
+  p.x = x_rows.data();
+  p.residual = residual_rows.data();
+  p.weight = pointer(w);
+  p.bias = pointer(b);
+  p.y = y.data_ptr();
+  p.new_residual = residual != nullptr ? new_residual.data_ptr() : nullptr;
+  p.mean = pointer(mean);
+  p.rstd = rstd.data_ptr();
+  p.rows = shape.rows;
+  p.cols = shape.cols;
+  p.x_row_stride = x_rows.stride;
+  p.residual_row_stride = residual_rows.stride;
+  p.eps = eps;
+  p.weight_offset = weight_offset;
+  p.weight_dtype = w.defined() ? norm_dtype(op, w) : p.dtype;
+  p.kind = kind;
+  if (p.rows > 0) run(p);
+  return {y, new_residual, mean, rstd};
+}
+
+// `run(params, make_partial)` fills the outputs; make_partial(blocks) allocates the workspace.
+template <class Run>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_bwd_call(
+    const char* op, NormKind kind, const at::Tensor& dy, const at::Tensor* dresidual, const at::Tensor& x,
+    const at::Tensor* weight, const at::Tensor* mean, const at::Tensor& rstd, at::IntArrayRef normalized_shape,
+    double weight_offset, std::array<bool, 3> wanted, Run&& run) {
+  NormBwdParams p{};
+  p.dtype = norm_dtype(op, x);
+  const NormShape shape(op, x, normalized_shape);
+  const Rows x_rows = as_rows(x, shape.rows, shape.cols);
+  const Rows dy_rows = norm_rows(op, "dy", &dy, x, shape);
+  const Rows dresidual_rows = norm_rows(op, "dresidual", dresidual, x, shape);
+  const at::Tensor w = norm_parameter(op, "weight", weight, x, shape);
+  at::Tensor stats[2];
+  const at::Tensor* given[2] = {mean, &rstd};
+  for (int i = 0; i < 2; ++i) {
+    if (given[i] == nullptr) continue;
+    const char* name = i == 0 ? "mean" : "rstd";
+    check_device(op, name, *given[i], x.device());
+    check_dtype(op, name, *given[i], norm_acc(x));
+    check_shape(op, name, *given[i], shape.stats_sizes);
+    stats[i] = given[i]->contiguous();
+  }
+
+  const at::TensorOptions options = x.options();
+  const at::TensorOptions parameter = w.defined() ? w.options() : options;
+  at::Tensor dx = at::empty(wanted[0] ? shape.sizes : at::IntArrayRef{0}, options);
+  at::Tensor dweight = wanted[1] ? at::empty(shape.normalized, parameter) : at::empty({0}, options);
+  at::Tensor dbias = wanted[2] ? at::empty(shape.normalized, parameter) : at::empty({0}, options);
+
+  p.dy = dy_rows.data();
+  p.dresidual = dresidual_rows.data();
+  p.x = x_rows.data();
+  p.weight = pointer(w);
+  p.mean = pointer(stats[0]);
+  p.rstd = stats[1].data_ptr();
+  p.dx = wanted[0] ? dx.data_ptr() : nullptr;
+  p.dweight = wanted[1] ? dweight.data_ptr() : nullptr;
+  p.dbias = wanted[2] ? dbias.data_ptr() : nullptr;
+  p.rows = shape.rows;
+  p.cols = shape.cols;
+  p.x_row_stride = x_rows.stride;
+  p.dy_row_stride = dy_rows.stride;
+  p.dresidual_row_stride = dresidual_rows.stride;
+  p.weight_offset = weight_offset;
+  p.weight_dtype = w.defined() ? norm_dtype(op, w) : p.dtype;
+  p.kind = kind;
+  at::Tensor workspace;
+  const auto make_partial = [&](int64_t blocks) {
+    p.partial_blocks = blocks;
+    const int64_t sums = static_cast<int64_t>(wanted[1]) + static_cast<int64_t>(wanted[2]);
+    workspace = at::empty({sums * blocks * p.cols}, options.dtype(norm_acc(x)));
+    p.partial = workspace.data_ptr();
+  };
+  if (p.cols > 0) run(p, make_partial);
+  return {dx, dweight, dbias};
+}
+
+}  // namespace llmkernels
