@@ -1,9 +1,6 @@
 """Run a case on a backend and judge every output and gradient by the tolerance rule."""
 
-import os
 from types import ModuleType
-
-import torch
 
 from llmkernels.testing.compare import GRADIENT, OUTPUT, Difference, compare_rows
 
@@ -16,10 +13,10 @@ def judge(cases: ModuleType, case, backend: str | None, device: str = "cpu", see
     """
     inputs = cases.make_inputs(case, device, seed)
     actual = cases.evaluate(case, inputs, backend)
-    return judge_results(cases, case, inputs, actual, backend)
+    return judge_results(cases, case, inputs, actual)
 
 
-def judge_results(cases: ModuleType, case, inputs, actual: dict, backend: str | None = None) -> dict[str, Difference]:
+def judge_results(cases: ModuleType, case, inputs, actual: dict) -> dict[str, Difference]:
     """Compare results made elsewhere, for instance by a deliberately wrong variant."""
     truth, baseline = cases.truth(case, inputs), cases.baseline(case, inputs)
     if set(actual) != set(truth):
@@ -29,16 +26,9 @@ def judge_results(cases: ModuleType, case, inputs, actual: dict, backend: str | 
             *(cases.as_rows(case, name, results[name]) for results in (actual, truth, baseline)),
             tolerance=GRADIENT if name.startswith("d") else OUTPUT,
             floor=cases.term_size(case, inputs, name),
-            extra_ulp=_interpreter_ulp(backend, inputs.x.dtype),
         )
         for name in truth
     }
-
-
-def _interpreter_ulp(backend: str | None, dtype: torch.dtype) -> float:
-    """Triton's interpreter truncates when it stores bf16 instead of rounding to nearest."""
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return 1.0 if interpreted and dtype == torch.bfloat16 else 0.0
 
 
 def failures(differences: dict[str, Difference]) -> list[str]:

@@ -15,7 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tolerance:
-    """`factor` times PyTorch's rms error plus `ulp` of the row's rms."""
+    """`factor` times PyTorch's rms error plus `ulp` of the row's rms.
+
+    16-bit results, computed in fp32 and rounded once, always get 0.5 ulp: their rounding is PyTorch's error too.
+    """
 
     factor: float
     ulp: float
@@ -44,7 +47,6 @@ def compare_rows(
     tolerance: Tolerance = OUTPUT,
     *,
     floor: Tensor | None = None,
-    extra_ulp: float = 0.0,
 ) -> Difference:
     """Judge `actual` against the fp64 `truth` by the error that `baseline` makes.
 
@@ -53,7 +55,6 @@ def compare_rows(
         truth: `[rows, cols]`, fp64.
         floor: `[rows]`, fp64: the rms size of the terms that a row is the sum of, which may cancel. Ulps are counted
             of the larger of this and the row itself.
-        extra_ulp: added to the tolerance's, for an emulator that is known to round differently.
     """
     if actual.shape != truth.shape:
         return Difference(float("inf"), 0.0, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}")
@@ -61,7 +62,7 @@ def compare_rows(
         return Difference(float("inf"), 0.0, f"dtype {actual.dtype}, expected {baseline.dtype}")
     if truth.numel() == 0:
         return Difference(0.0, 0.0, None)
-    ulps = tolerance.ulp + extra_ulp
+    ulps = tolerance.ulp if actual.dtype.itemsize > 2 else 0.5
     if actual.dtype == torch.float64:
         ulps += 2.0  # the truth has no more digits than the result
     ulp = ulps * torch.finfo(actual.dtype).eps

@@ -1,0 +1,52 @@
+# One word per intention. Each of `make demo` and `make test` does all the set-up by itself; a second run takes seconds.
+#   make demo | test [OP=layer_norm] [BACKEND=cpu] | bench | build | fmt | lint | sanitize | new-op NAME=x | clean
+#   VENV=none PYTHON=python3   the interpreter as it is: no virtual environment, no pip, no network
+PYTHON ?= python3
+VENV ?= .venv
+ifeq ($(VENV),none)
+  PY := $(PYTHON)
+  DEPS :=
+else
+  PY := $(VENV)/bin/python
+  DEPS := $(VENV)/.installed
+  export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+endif
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: demo test bench build fmt lint sanitize new-op clean help
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+demo: build
+	$(PY) -m llmkernels.cli demo $(ARGS)
+
+test: build
+	OP=$(OP) BACKEND=$(BACKEND) $(PY) -m pytest -q --durations=10 $(ARGS)
+
+bench: build
+	$(PY) benchmarks/run.py $(ARGS)
+
+build: $(DEPS)
+	@$(PY) setup.py -q build_ext --inplace
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+fmt: $(DEPS)
+	$(PY) -m ruff format . && $(PY) -m ruff check --fix .
+	clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+lint: $(DEPS)
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+# AddressSanitizer and UndefinedBehaviorSanitizer: modules of their own, in a copy of the tree.
+sanitize: $(DEPS)
+	PY="$(abspath $(PY))" sh scripts/sanitize.sh
+
+new-op: build
+	$(PY) scripts/new_op.py $(NAME)
+
+clean:
+	rm -rf build dist *.egg-info llmkernels/*.so llmkernels/_build_facts.json

@@ -1,0 +1,48 @@
+"""Every block size and flag of the Triton kernels compiles for sm_80, sm_90 and sm_100 within their limits."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llmkernels.ops.norm import cases
+from llmkernels.testing.battery import failures, judge
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton: not installed")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "llmkernels.testing.triton_aot"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_all_kernels_and_architectures_compiled(compiled):
+    kernels = {"_norm_fwd_kernel", "_norm_bwd_kernel", "_norm_reduce_kernel"}
+    assert {(row["kernel"], row["capability"]) for row in compiled} == {(k, c) for k in kernels for c in (80, 90, 100)}
+
+
+def test_no_spills_and_shared_memory_within_limits(compiled):
+    from llmkernels.testing.triton_aot import SHARED_LIMIT
+
+    for row in compiled:
+        assert row["STACK"] == 0 and row["LOCAL"] == 0, row
+        assert row["shared"] <= SHARED_LIMIT[row["capability"]], row
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="triton: test_long_rows covers this on a GPU")
+@pytest.mark.parametrize("data", ("normal", "offset", "outlier"))
+@pytest.mark.parametrize("op", cases.OPS)
+def test_chunked_rows(op, data, monkeypatch):
+    """Rows longer than a block, which is made small here: the interpreter is slow."""
+    from llmkernels.ops.norm import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "MAX_BLOCK", 32)
+    case = cases.NormCase(op, (5, 100), (100,), data=data)
+    assert failures(judge(cases, case, "triton")) == []
