@@ -2,8 +2,9 @@
 
 from llmkernels import autograd, functional, nn
 from llmkernels._explain import backends, explain
+from llmkernels.accelerate import accelerate, accelerated, restore
 from llmkernels.registry import NoBackendError, use_backend
 
 __version__ = "0.1.0"
 
-__all__ = ["NoBackendError", "autograd", "backends", "explain", "functional", "nn", "use_backend"]
+__all__ = ["NoBackendError", "accelerate", "accelerated", "autograd", "backends", "explain", "functional", "nn", "restore", "use_backend"]
