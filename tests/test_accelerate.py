@@ -62,7 +62,7 @@ class OtherDtype(LlamaNorm):
         return super().forward(x).half()
 
 
-class WithState(LlamaNorm):
+class NormWithState(LlamaNorm):
     def __init__(self):
         super().__init__()
         self.register_buffer("steps", torch.zeros(()))
@@ -118,7 +118,7 @@ def test_swaps_and_agrees(name, dtype):
 
 @pytest.mark.parametrize(
     "norm",
-    (MeanSubtracting, WrongEps, WrongDimension, WeightFirst, OtherDtype, WithState, WithDropout, TwoArguments,
+    (MeanSubtracting, WrongEps, WrongDimension, WeightFirst, OtherDtype, NormWithState, WithDropout, TwoArguments,
      lambda: NoMean(COLS)),
 )  # fmt: skip
 def test_refuses(norm):

@@ -67,7 +67,8 @@ def rule(module_type: type) -> Callable:
 
 def is_norm_like(module: nn.Module) -> bool:
     """Whether the report should say something about this module."""
-    return type(module) in _user_rules or "norm" in type(module).__name__.lower() and not list(module.children())
+    known = type(module) in _user_rules or isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+    return known or ("norm" in type(module).__name__.lower() and not list(module.children()))
 
 
 def candidates(module: nn.Module) -> tuple[list[Candidate], str]:
