@@ -1,0 +1,142 @@
+"""`llmkernels demo`: train a small language model on real text, in eager PyTorch and after `accelerate(model)`."""
+
+import copy
+import json
+import statistics
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import llmkernels
+from llmkernels import machine
+from llmkernels.cli import UsageError
+from llmkernels.demo import text as source
+from llmkernels.demo.model import LanguageModel
+from llmkernels.demo.picture import draw
+from llmkernels.demo.train import Run, agreement, bits_per_byte, lockstep
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--text", type=Path, help="train on this file; default: Python's standard library")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for demo.json and demo.png")
+    parser.add_argument("--steps", type=int, help="training steps (default 100)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="threads of the measured runs (default: all cores)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a tiny model for a few seconds: shows that it works")
+
+
+def _read(path: Path | None) -> bytes:
+    if path is None:
+        return source.standard_library()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"--text: cannot read {path}: {error.strerror}") from error
+    if len(data) < source.MIN_BYTES:
+        raise UsageError(f"--text: {path} has {len(data)} bytes, expected at least {source.MIN_BYTES}")
+    return data
+
+
+def _prepare(args) -> None:
+    if args.steps is not None and args.steps < 2:
+        raise UsageError(f"--steps is {args.steps}, expected at least 2")
+    if args.threads is not None and args.threads < 1:
+        raise UsageError(f"--threads is {args.threads}, expected at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "demo.json").touch()
+    except OSError as error:
+        raise UsageError(f"--out: cannot write to {args.out}: {error.strerror}") from error
+
+
+def run(args) -> int:
+    console = Console()
+    _prepare(args)
+    train, held_out = source.split(_read(args.text))
+    size, length = (4, 64) if args.quick else (8, 256)
+    steps = args.steps or (8 if args.quick else 100)
+    threads = args.threads or torch.get_num_threads()
+    torch.manual_seed(args.seed)
+    model = LanguageModel(64, 2, 4, length) if args.quick else LanguageModel(length=length)
+    model.to(args.device)
+    eager, other, fast = model, copy.deepcopy(model), copy.deepcopy(model)
+    objects = [(id(module), type(module)) for module in fast.modules()]
+    report = llmkernels.accelerate(fast)
+    console.print(f"{len(train):,} bytes to train on, {len(held_out):,} held out; {sum(p.numel() for p in model.parameters()):,} parameters")
+    console.print(report)
+    note = None
+    if not report.swapped:
+        note = "nothing was swapped, so before and after are the same program: any difference in speed is noise"
+        console.print(note)
+
+    other_threads = 1 if threads > 1 else 2
+    runs = [
+        Run("eager", eager, threads),
+        Run("accelerated", fast, threads),
+        Run("eager, other thread count", other, other_threads),
+    ]
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "loss {task.fields[loss]:.3f}", TimeRemainingColumn())
+    columns = tuple(TextColumn(column) if isinstance(column, str) else column for column in columns)
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training, in turns", total=steps, loss=0.0)
+        for _ in lockstep(runs, train, steps, size, length, args.seed, args.device):
+            progress.update(task, advance=1, loss=runs[1].losses[-1])
+    torch.set_num_threads(threads)
+
+    verdict = agreement(*(run.losses for run in runs))
+    warm = slice(min(3, steps - 1), None)
+    ratios = sorted(a / b for a, b in zip(runs[0].seconds[warm], runs[1].seconds[warm], strict=True))
+    bits = {run.name: bits_per_byte(run.model, held_out, size, length, 4 if args.quick else 16, args.device) for run in runs[:2]}
+    speeds = {run.name: size * length / statistics.median(run.seconds[warm]) for run in runs[:2]}
+    restored = llmkernels.restore(fast)
+    same = [(id(module), type(module)) for module in fast.modules()] == objects
+    result = {
+        "machine": machine.facts(),
+        "config": {"steps": steps, "batch": size, "length": length, "threads": threads, "seed": args.seed,
+                   "other_threads": other_threads, "device": args.device, "text": str(args.text or "standard library")},
+        "report": report.to_dict(),
+        "note": note,
+        "losses": {run.name: run.losses for run in runs},
+        "agreement": verdict.__dict__,
+        "tokens_per_second": speeds,
+        "speedup": {"median": statistics.median(ratios), "p10": ratios[len(ratios) // 10], "p90": ratios[len(ratios) * 9 // 10]},
+        "bits_per_byte": bits,
+        "restored": {"modules": restored, "same_objects": same},
+    }  # fmt: skip
+    (args.out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, args.out / "demo.png")
+    _print(console, result)
+    prompt = b"import "
+    sample = fast.sample(prompt, 40 if args.quick else 160, torch.Generator().manual_seed(args.seed))
+    console.print("\nthe model, asked to continue 'import ':", style="bold")
+    console.print(sample.decode("utf-8", "replace"), markup=False, highlight=False)
+    console.print(f"\nwritten: {args.out / 'demo.json'}, {args.out / 'demo.png'}")
+    return 0 if verdict.agrees and same else 1
+
+
+def _print(console: Console, result: dict) -> None:
+    table = Table(title=f"{result['config']['threads']} threads, {result['config']['steps']} steps")
+    for column in ("", "eager", "accelerated"):
+        table.add_column(column, justify="left" if not column else "right")
+    speeds, bits, losses = result["tokens_per_second"], result["bits_per_byte"], result["losses"]
+    names = ("eager", "accelerated")
+    table.add_row("tokens per second (median step)", *(f"{speeds[name]:,.0f}" for name in names))
+    table.add_row("last training loss (nats per byte)", *(f"{losses[name][-1]:.5f}" for name in names))
+    table.add_row("held-out loss (bits per byte)", *(f"{bits[name]:.4f}" for name in names))
+    console.print(table)
+    speedup, verdict = result["speedup"], result["agreement"]
+    console.print(f"speed-up, step by step: {speedup['median']:.2f}x (p10 {speedup['p10']:.2f}, p90 {speedup['p90']:.2f})")
+    word = "agree" if verdict["agrees"] else "DO NOT AGREE"
+    console.print(
+        f"loss curves {word}: apart by {verdict['difference']:.1e} at most, allowed {verdict['allowed']:.1e} "
+        f"(two eager runs with different thread counts: {verdict['spread']:.1e})"
+    )
+    restored = result["restored"]
+    state = "the same objects as before" if restored["same_objects"] else "NOT the same objects"
+    console.print(f"restore(model): {restored['modules']} modules restored, {state}")

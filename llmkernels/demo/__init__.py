@@ -1,0 +1,1 @@
+"""The parts of `llmkernels demo`: text, a small language model, lockstep training, a picture."""
