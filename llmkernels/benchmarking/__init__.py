@@ -1,0 +1,1 @@
+"""Timing that can be trusted: answers checked first, candidates interleaved, ratios pair by pair."""

@@ -1,0 +1,138 @@
+"""Run the cases of an op family: check each candidate's answer, then time all of them in turns."""
+
+import dataclasses
+import importlib
+from collections.abc import Iterator
+
+import torch
+
+from llmkernels import registry
+from llmkernels.benchmarking.timer import interleave, ratio, summary
+from llmkernels.testing.battery import failures, judge_results
+
+FAMILIES = ("norm",)
+MODES = ("fwd", "fwd+bwd")
+
+
+@dataclasses.dataclass
+class Measured:
+    """One case in one mode. `candidates` has a summary by name, `wrong` a sentence for what got no time."""
+
+    case: str
+    op: str
+    mode: str
+    dtype: str
+    bytes: int
+    candidates: dict[str, dict]
+    wrong: dict[str, str]
+    copy_ms: float | None = None
+    best_peer: str | None = None
+    ratios: dict[str, float] = dataclasses.field(default_factory=dict)  # backend -> times faster than the best peer
+
+    def bandwidth(self, name: str) -> float:
+        """GB/s: the bytes the op must move over the median time."""
+        return self.bytes / self.candidates[name]["median"] / 1e6
+
+    def of_copy(self, name: str) -> float | None:
+        """The fraction of the speed of copying as many bytes, measured in the same run."""
+        return self.copy_ms / self.candidates[name]["median"] if self.copy_ms else None
+
+
+def families(op: str | None, family: str | None) -> list[tuple]:
+    """(cases module, bench module, ops) for what was asked for."""
+    chosen = []
+    for name in FAMILIES if family is None else (family,):
+        bench = importlib.import_module(f"llmkernels.ops.{name}.bench")
+        ops = [known for known in bench.OPS if op in (None, known)]
+        if ops:
+            chosen.append((importlib.import_module(f"llmkernels.ops.{name}.cases"), bench, ops))
+    return chosen
+
+
+def plan(chosen: list[tuple], *, full: bool, dtype: str | None) -> list[tuple]:
+    """(cases module, bench module, case, mode), the order of measurement."""
+    work = []
+    for cases, bench, ops in chosen:
+        for op in ops:
+            for case in bench.bench_cases(op, full):
+                if dtype in (None, str(case.dtype).removeprefix("torch.")):
+                    work += [(cases, bench, case, mode) for mode in MODES]
+            if dtype in (None, "float32"):
+                work.append((cases, bench, bench.overhead_case(op), "call"))
+    return work
+
+
+def candidates_of(cases, bench, case, device: str, *, compiled: bool) -> dict:
+    """Name -> function of the inputs: our backends that can run here, then the peers."""
+    inputs = cases.make_inputs(case, device)
+    found = {}
+    for backend in registry.BACKENDS:
+        if backend == "triton" and device == "cpu":
+            continue  # its interpreter is for tests
+        try:
+            cases.call(case, inputs, backend)
+        except registry.NoBackendError:
+            continue
+        found[backend] = lambda inputs, backend=backend: cases.call(case, inputs, backend)
+    for name, function in bench.peers(case).items():
+        if compiled or name != "torch.compile":
+            found[name] = function
+    return found
+
+
+def measure(cases, bench, case, mode: str, device: str, *, seconds: float, compiled: bool, cold: bool) -> Measured:
+    """Check and time one case in one mode: "fwd", "fwd+bwd", or "call" (no gradient, many short calls)."""
+    functions = candidates_of(cases, bench, case, device, compiled=compiled)
+    inputs = cases.make_inputs(case, device, seed=1)
+    wrong = {}
+    for name, function in list(functions.items()):
+        actual = cases._gradients(case, inputs, function)
+        problems = failures(judge_results(cases, case, inputs, actual))
+        # torch's own error is the yardstick of the rule, so a compiled peer gets no stricter one than eager.
+        if problems and name in registry.BACKENDS:
+            wrong[name] = "; ".join(problems)
+            del functions[name]
+    size = cases.bytes_moved(case, "fwd" if mode == "call" else mode)
+    sets = _input_sets(cases, case, device, size if cold else 0)
+    timed = {name: _timed(cases, case, mode, function, sets) for name, function in functions.items()}
+    copy = None
+    if mode != "call":
+        element = torch.empty(size // 2 // case.dtype.itemsize, dtype=case.dtype, device=device).uniform_()
+        target = torch.empty_like(element)
+        timed["copy"] = lambda: target.copy_(element)
+    with torch.set_grad_enabled(mode == "fwd+bwd"):
+        times = interleave(timed, device, seconds, calls=200 if mode == "call" else 1)
+    if "copy" in times:
+        copy = summary(times.pop("copy"))["median"]
+    results = {name: summary(values) for name, values in times.items()}
+    peers = [name for name in results if name not in registry.BACKENDS]
+    best = min(peers, key=lambda name: results[name]["median"])
+    ratios = {name: ratio(times[best], times[name]) for name in results if name in registry.BACKENDS}
+    dtype = str(case.dtype).removeprefix("torch.")
+    return Measured(str(case), case.op, mode, dtype, size, results, wrong, copy, best, ratios)
+
+
+def _input_sets(cases, case, device: str, size: int) -> Iterator:
+    """Endless inputs: always the same (warm), or enough of them that none is still in a cache (cold)."""
+    count = 1 if size == 0 else max(2, (512 << 20) // max(size, 1))
+    sets = [cases.make_inputs(case, device, seed) for seed in range(count)]
+    for inputs in sets:
+        for name in ("x", "residual", "weight", "bias"):
+            tensor = getattr(inputs, name)
+            if tensor is not None:
+                tensor.requires_grad_()
+    while True:
+        yield from sets
+
+
+def _timed(cases, case, mode: str, function, sets: Iterator):
+    if mode != "fwd+bwd":
+        return lambda: function(next(sets))
+
+    def step():
+        inputs = next(sets)
+        leaves = [t for t in (inputs.x, inputs.residual, inputs.weight, inputs.bias) if t is not None]
+        outputs = function(inputs)
+        torch.autograd.grad(outputs, leaves, [inputs.dy, inputs.dresidual][: len(outputs)])
+
+    return step

@@ -1,0 +1,53 @@
+"""Interleaved timing: A B C A B C ..., so that a machine that slows down slows every candidate."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleave(candidates: dict[str, Callable[[], object]], device: str, seconds: float, calls: int = 1) -> dict[str, list[float]]:
+    """Seconds of one call, for each round, by candidate.
+
+    Rounds go on until `seconds` are spent, at least 7 and at most 200, after two that are not counted. `calls` in a
+    row make one measurement, for functions too short to be timed alone. The order is rotated from round to round:
+    what runs before a candidate decides what is in the cache.
+    """
+    names = list(candidates)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    begin = None
+    for round_number in range(202):
+        if round_number == 2:
+            begin = time.perf_counter()
+        for index in range(len(names)):
+            name = names[(index + round_number) % len(names)]
+            function = candidates[name]
+            _synchronize(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            _synchronize(device)
+            if round_number >= 2:
+                times[name].append((time.perf_counter() - start) / calls)
+        if begin is not None and round_number >= 8 and time.perf_counter() - begin > seconds:
+            break
+    return times
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median, tenth and ninetieth percentile, in milliseconds."""
+    ordered = sorted(times)
+    at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]  # noqa: E731
+    values = {"median": statistics.median(ordered), "p10": at(0.1), "p90": at(0.9)}
+    return {name: value * 1e3 for name, value in values.items()} | {"rounds": len(ordered)}
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """How many times faster `fast` is: the median of the ratios round by round."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
