@@ -1,6 +1,8 @@
 """Interleaved timing: A B C A B C ..., so that a machine that slows down slows every candidate."""
 
+import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -10,6 +12,21 @@ import torch
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def keep_freed_memory() -> None:
+    """Make glibc reuse freed memory instead of giving it back to the system, for every candidate alike.
+
+    A large result is otherwise mapped and cleared anew in some calls and not in others, depending on what was freed
+    before, and the page faults take longer than the kernel.
+    """
+    if sys.platform != "linux":
+        return
+    trim_threshold, mmap_threshold, huge = -1, -3, 1 << 30
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(trim_threshold, huge)
+        libc.mallopt(mmap_threshold, huge)
 
 
 def interleave(candidates: dict[str, Callable[[], object]], device: str, seconds: float, calls: int = 1) -> dict[str, list[float]]:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from llmkernels import machine, registry
 from llmkernels.benchmarking import runner
+from llmkernels.benchmarking.timer import keep_freed_memory
 from llmkernels.cli import UsageError
 
 
@@ -37,6 +38,7 @@ def run(args) -> int:
     if args.json is not None and not args.json.parent.is_dir():
         raise UsageError(f"--json: no folder {args.json.parent}")
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     console = Console()
     work = runner.plan(runner.families(args.op, args.family), full=args.full, dtype=args.dtype)
     settings = {"seconds": args.seconds, "compiled": not args.no_compile, "cold": args.cold}

@@ -64,12 +64,12 @@ inline FloatVector widen(UInt16Half bits, BFloat16) {
   return bit_cast<FloatVector>(__builtin_convertvector(bits, UInt32Vector) << 16);
 }
 
-// Round to nearest even. A NaN keeps its sign and upper bits and becomes quiet.
+// Round to nearest even. Only a NaN is cut instead, or the carry could turn it into a number; its upper bits say that
+// it is one, since every value stored here comes out of arithmetic, which makes NaNs quiet.
 inline UInt16Half narrow(FloatVector value, BFloat16) {
   const UInt32Vector bits = bit_cast<UInt32Vector>(value);
-  const UInt32Vector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const UInt32Vector quiet = (bits >> 16) | 0x40u;
-  return __builtin_convertvector((value == value) ? rounded : quiet, UInt16Half);
+  const UInt32Vector rounded = bits + (((bits >> 16) & 1u) + 0x7fffu);
+  return __builtin_convertvector(((value == value) ? rounded : bits) >> 16, UInt16Half);
 }
 
 #if defined(CPU_CAPABILITY_AVX512)

@@ -13,6 +13,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 constexpr int64_t kGrainElements = 16384;  // less work than this is not worth a second thread
 
+constexpr int64_t kWidenRows = 64;  // converting the parameters once costs about as much as 64 rows do
+
 int64_t grain_rows(int64_t cols) { return cols > 0 ? std::max<int64_t>(1, kGrainElements / cols) : kGrainElements; }
 
 void run_fwd(const NormFwdParams& p) {
@@ -46,7 +48,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> layer_norm_fwd(
     const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
     at::IntArrayRef normalized_shape, double eps) {
   return norm_fwd_call("layer_norm_fwd", NormKind::kLayerNorm, x, get(residual), get(weight), get(bias),
-                       normalized_shape, eps, 0.0, run_fwd);
+                       normalized_shape, eps, 0.0, kWidenRows, run_fwd);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_bwd(
@@ -62,7 +64,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm_fwd(const at::Tensor& x,
                                                             at::IntArrayRef normalized_shape, double eps,
                                                             double weight_offset) {
   auto [y, new_residual, mean, rstd] = norm_fwd_call("rms_norm_fwd", NormKind::kRmsNorm, x, get(residual), get(weight),
-                                                     nullptr, normalized_shape, eps, weight_offset, run_fwd);
+                                                     nullptr, normalized_shape, eps, weight_offset, kWidenRows,
+                                                     run_fwd);
   return {y, new_residual, rstd};
 }
 

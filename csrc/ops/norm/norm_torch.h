@@ -68,20 +68,28 @@ inline Rows norm_rows(const char* op, const char* name, const at::Tensor* tensor
   return as_rows(*tensor, shape.rows, shape.cols);
 }
 
-// `run(params)` fills the outputs; it is not called when there is nothing to fill.
+// The parameter in the type of the sums if `widen`: worth a copy where each row would convert it again.
+inline at::Tensor widened(const at::Tensor& parameter, const at::Tensor& x, bool widen) {
+  return parameter.defined() && widen ? parameter.to(norm_acc(x)) : parameter;
+}
+
+// `run(params)` fills the outputs; it is not called when there is nothing to fill. From `widen_rows` rows on, 16-bit
+// parameters are handed over in fp32.
 template <class Run>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_fwd_call(
     const char* op, NormKind kind, const at::Tensor& x, const at::Tensor* residual, const at::Tensor* weight,
-    const at::Tensor* bias, at::IntArrayRef normalized_shape, double eps, double weight_offset, Run&& run) {
+    const at::Tensor* bias, at::IntArrayRef normalized_shape, double eps, double weight_offset, int64_t widen_rows, Run&& run) {
   NormFwdParams p{};
   p.dtype = norm_dtype(op, x);
   const NormShape shape(op, x, normalized_shape);
   TORCH_CHECK_VALUE(bias == nullptr || weight != nullptr, op, ": bias without weight, expected both or none");
   const Rows x_rows = as_rows(x, shape.rows, shape.cols);
   const Rows residual_rows = norm_rows(op, "residual", residual, x, shape);
-  const at::Tensor w = norm_parameter(op, "weight", weight, x, shape);
-  const at::Tensor b = norm_parameter(op, "bias", bias, x, shape);
+  at::Tensor w = norm_parameter(op, "weight", weight, x, shape);
+  at::Tensor b = norm_parameter(op, "bias", bias, x, shape);
   if (b.defined()) check_dtype(op, "bias", b, w.scalar_type());
+  w = widened(w, x, shape.rows >= widen_rows);
+  b = widened(b, x, shape.rows >= widen_rows);
 
   const at::TensorOptions options = x.options();
   at::Tensor y = at::empty(shape.sizes, options.memory_format(at::MemoryFormat::Contiguous));
