@@ -1,0 +1,286 @@
+"""The norm family as part of torch: ops, compile, export, autocast, strange tensors, errors, modules."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as torch_functional
+
+import llmkernels
+from llmkernels import functional, nn
+from llmkernels.ops.norm import cases
+from llmkernels.testing.battery import failures, judge_results
+
+
+def make(op, device="cpu", dtype=torch.float32, shape=(6, 24)):
+    case = cases.NormCase(op, shape, shape[-1:], dtype)
+    return case, cases.make_inputs(case, device)
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_compile_fullgraph_equals_eager(op, backend, device):
+    if backend == "triton" and device == "cpu":
+        pytest.skip("triton: an interpreted kernel cannot be traced into a compiled graph's runtime checks")
+    torch._dynamo.reset()
+    case, inputs = make(op, device)
+
+    def run(function):
+        leaves = [t.clone().requires_grad_() for t in (inputs.x, inputs.weight)]
+        outputs = function(*leaves)
+        return outputs, torch.autograd.grad(outputs, leaves, [inputs.dy, inputs.dresidual][: len(outputs)])
+
+    def call(x, weight):
+        return cases.call(case, cases.replace(inputs, x=x, weight=weight), backend)
+
+    expected = run(call)
+    actual = run(torch.compile(call, fullgraph=True, backend="aot_eager"))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_public_op_is_differentiable_and_checked(op):
+    case, inputs = make(op)
+    public = getattr(torch.ops.llmkernels, op)
+    tensors = (inputs.x, inputs.residual) if case.adds else (inputs.x,)
+    arguments = (*(t.clone().requires_grad_() for t in tensors), [24], inputs.weight)
+    outputs = public(*arguments)
+    first = outputs[0] if case.adds else outputs
+    expected = getattr(functional, op)(*arguments)
+    torch.testing.assert_close(first, expected[0] if case.adds else expected)
+    first.sum().backward()
+    assert arguments[0].grad is not None
+    torch.library.opcheck(public.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", ("cpu", "triton", "cuda", "portable"))
+def test_raw_ops_pass_opcheck(name):
+    from tests.conftest import absent, device_of
+
+    backend = "cpu" if name == "portable" else name
+    if absent(backend):
+        pytest.skip(f"{backend}: {absent(backend)}")
+    namespace = torch.ops.llmkernels if name == "portable" else getattr(torch.ops, f"llmkernels_{name}")
+    device = device_of(backend)
+    x, dy, residual = (torch.randn(5, 24, device=device) for _ in range(3))
+    weight, bias = torch.randn(24, device=device), torch.randn(24, device=device)
+    mean, rstd = x.mean(-1), torch.rsqrt(x.var(-1) + 1e-5)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    if backend == "triton" and device == "cpu":
+        tests = tests[:3]
+    for arguments in ((x, None, weight, bias, [24], 1e-5), (x, residual, None, None, [24], 1e-5)):
+        torch.library.opcheck(namespace.layer_norm_fwd.default, arguments, test_utils=tests)
+    for wanted in ([True, True, True], [False, True, False], [True, False, False]):
+        arguments = (dy, residual, x, weight, mean, rstd, [24], wanted)
+        torch.library.opcheck(namespace.layer_norm_bwd.default, arguments, test_utils=tests)
+    torch.library.opcheck(namespace.rms_norm_fwd.default, (x, residual, weight, [24], 1e-5, 1.0), test_utils=tests)
+    for wanted in ([True, True], [False, True]):
+        arguments = (dy, None, x, weight, rstd, [24], 0.0, wanted)
+        torch.library.opcheck(namespace.rms_norm_bwd.default, arguments, test_utils=tests)
+
+
+def test_export_is_portable(tmp_path):
+    """Exported here, it runs where nothing is compiled, on the torch backend."""
+    module = torch.nn.Sequential(nn.LayerNorm(24), nn.RMSNorm(24, weight_offset=1.0))
+    x = torch.randn(3, 24)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {"llmkernels.layer_norm_fwd.default", "llmkernels.rms_norm_fwd.default"} <= names
+    assert not any("llmkernels_" in name for name in names)
+    torch.testing.assert_close(program.module()(x), module(x))
+    torch.export.save(program, tmp_path / "norms.pt2")
+    torch.save((x, module(x).detach()), tmp_path / "pair.pt")
+    code = (
+        "import sys; sys.modules['llmkernels._cpu'] = None\n"
+        "import llmkernels._native as native; native.why_absent = lambda name: 'absent for this test'\n"
+        "import llmkernels, torch; x, y = torch.load('pair.pt')\n"
+        "assert llmkernels.explain('layer_norm', x, (24,)).chosen == 'torch'\n"
+        "z = torch.export.load('norms.pt2').module()(torch.cat([x, x]))\n"
+        "torch.testing.assert_close(z, torch.cat([y, y]))\n"
+    )
+    environment = {**__import__("os").environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("op", ("layer_norm", "rms_norm"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_cpu_autocast_equals_torch(op, dtype):
+    _, inputs = make(op, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = getattr(functional, op)(inputs.x, (24,), inputs.weight)
+        theirs = getattr(torch_functional, op)(inputs.x, (24,), inputs.weight)
+    assert ours.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_eps_none_and_mixed_weight_dtypes_equal_torch(dtype):
+    x = torch.randn(4, 24).to(dtype) * 1e-4
+    for weight_dtype in cases.DTYPES:
+        weight = torch.randn(24).to(weight_dtype)
+        ours, theirs = functional.rms_norm(x, (24,), weight), torch_functional.rms_norm(x, (24,), weight)
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-7 if dtype != torch.float64 else 1e-9)
+
+
+# Tensors that are not simply contiguous.
+
+
+def _strange(x):
+    wide = torch.zeros(x.shape[0], 2 * x.shape[1], dtype=x.dtype, device=x.device)
+    wide[:, 1::2] = x
+    offset = torch.zeros(x.numel() + 1, dtype=x.dtype, device=x.device)
+    offset[1:] = x.flatten()
+    rows = torch.zeros(x.shape[0], x.shape[1] + 3, dtype=x.dtype, device=x.device)
+    rows[:, 2 : 2 + x.shape[1]] = x
+    return {
+        "every second column": wide[:, 1::2],
+        "transposed": x.t().contiguous().t(),
+        "misaligned": offset[1:].view(x.shape),
+        "row stride": rows[:, 2 : 2 + x.shape[1]],
+    }
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_strides_and_offsets(op, dtype, backend, device, poison):
+    case, inputs = make(op, device, dtype)
+    expected = cases.evaluate(case, inputs, backend)
+    for name, x in _strange(inputs.x).items():
+        assert torch.equal(x, inputs.x)
+        strange = cases.replace(inputs, x=x, dy=_strange(inputs.dy)[name])
+        if case.adds:
+            strange = cases.replace(strange, residual=_strange(inputs.residual)[name], dresidual=_strange(inputs.dresidual)[name])
+        for result, value in cases.evaluate(case, strange, backend).items():
+            torch.testing.assert_close(value, expected[result], msg=lambda m, n=name, r=result: f"{n}, {r}: {m}")
+
+
+@pytest.mark.parametrize("op", ("layer_norm", "rms_norm"))
+def test_expanded_rows(op, backend, device, poison):
+    row = torch.randn(1, 24, device=device)
+    y = getattr(functional, op)(row.expand(5, 24), (24,), backend=backend)
+    torch.testing.assert_close(y, getattr(torch_functional, op)(row, (24,), eps=None if op == "rms_norm" else 1e-5).expand(5, 24))
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
+@pytest.mark.parametrize("op", ("layer_norm", "rms_norm"))
+def test_special_values_propagate_as_in_torch(op, value, backend, device):
+    x = torch.randn(4, 40, device=device)
+    x[1, 0] = x[2, 39] = value
+    ours = getattr(functional, op)(x, (40,), backend=backend)
+    theirs = getattr(torch_functional, op)(x, (40,))
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_twice_run_is_bitwise_equal(op, backend, device):
+    case, inputs = make(op, device, shape=(301, 72))
+    first, second = (cases.evaluate(case, inputs, backend) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# Errors.
+
+
+def test_bad_arguments_have_one_clear_message():
+    x, weight = torch.randn(2, 8), torch.randn(8)
+    wrong = [
+        (ValueError, r"layer_norm: input has shape \(2, 8\), expected \(\*, 7\)", lambda: functional.layer_norm(x, (7,))),
+        (ValueError, r"normalized_shape is \(\)", lambda: functional.rms_norm(x, ())),
+        (ValueError, r"weight has shape \(4,\), expected \(8,\)", lambda: functional.layer_norm(x, (8,), weight[:4])),
+        (ValueError, r"bias has shape \(4,\)", lambda: functional.layer_norm(x, (8,), weight, weight[:4])),
+        (TypeError, "input has dtype torch.int64", lambda: functional.rms_norm(x.long(), (8,))),
+        (TypeError, "input has dtype torch.complex64", lambda: functional.layer_norm(x + 0j, (8,))),
+        (TypeError, "weight has dtype torch.float64, expected torch.float32",
+         lambda: functional.layer_norm(x, (8,), weight.double())),
+        (TypeError, "weight has dtype torch.int64", lambda: functional.rms_norm(x, (8,), weight.long())),
+        (TypeError, "bias has dtype torch.bfloat16, expected torch.float32, the dtype of weight",
+         lambda: functional.layer_norm(x.bfloat16(), (8,), weight, weight.bfloat16())),
+        (ValueError, "weight is on meta, expected cpu", lambda: functional.rms_norm(x, (8,), weight.to("meta"))),
+        (ValueError, r"residual has shape \(1, 8\), expected \(2, 8\)", lambda: functional.add_rms_norm(x, x[:1], (8,))),
+        (ValueError, "weight_offset is 1.0 without a weight", lambda: functional.rms_norm(x, (8,), weight_offset=1.0)),
+        (ValueError, "unknown backend 'gpu'", lambda: functional.rms_norm(x, (8,), backend="gpu")),
+        (ValueError, "unknown op 'conv'", lambda: llmkernels.explain("conv", x)),
+        (llmkernels.NoBackendError, "cuda: input is on cpu", lambda: functional.rms_norm(x, (8,), backend="cuda")),
+    ]  # fmt: skip
+    for error, message, call in wrong:
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_raw_ops_never_crash():
+    if llmkernels.backends()["cpu"] is not None:
+        pytest.skip("cpu: " + llmkernels.backends()["cpu"])
+    raw = torch.ops.llmkernels_cpu
+    x, weight, stat = torch.randn(3, 8), torch.randn(8), torch.ones(3)
+    wrong = (
+        lambda: raw.layer_norm_fwd(x, None, weight[:7], None, [8], 1e-5),
+        lambda: raw.layer_norm_fwd(x, x[:2], None, None, [8], 1e-5),
+        lambda: raw.layer_norm_fwd(x, None, None, weight, [8], 1e-5),
+        lambda: raw.layer_norm_fwd(x.long(), None, None, None, [8], 1e-5),
+        lambda: raw.layer_norm_fwd(x, None, weight.half(), None, [8], 1e-5),
+        lambda: raw.rms_norm_fwd(x, None, None, [7], 1e-5, 0.0),
+        lambda: raw.rms_norm_fwd(x, None, None, [], 1e-5, 0.0),
+        lambda: raw.rms_norm_fwd(x, None, None, [4, 3, 8], 1e-5, 0.0),
+        lambda: raw.layer_norm_bwd(x[:2], None, x, None, stat, stat, [8], [True] * 3),
+        lambda: raw.layer_norm_bwd(x, None, x, None, stat[:1], stat, [8], [True] * 3),
+        lambda: raw.rms_norm_bwd(x, None, x, None, stat.double(), [8], 0.0, [True] * 2),
+    )
+    for call in wrong:
+        with pytest.raises((ValueError, TypeError), match="expected"):
+            call()
+
+
+# Choice of backend.
+
+
+def test_overrides_in_order(monkeypatch):
+    x = torch.randn(2, 8)
+    chosen = lambda **kwargs: llmkernels.explain("layer_norm", x, (8,), **kwargs).chosen  # noqa: E731
+    best = chosen()
+    monkeypatch.setenv("LLMKERNELS_BACKEND", "torch")
+    assert chosen() == "torch"
+    with llmkernels.use_backend("cuda"):
+        assert chosen() is None
+        assert chosen(backend="torch") == "torch"
+        with pytest.raises(llmkernels.NoBackendError):
+            functional.layer_norm(x, (8,))
+    monkeypatch.setenv("LLMKERNELS_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="LLMKERNELS_BACKEND: unknown backend 'fastest'"):
+        functional.layer_norm(x, (8,))
+    monkeypatch.delenv("LLMKERNELS_BACKEND")
+    assert chosen() == best
+
+
+def test_explain_has_a_line_for_each_backend():
+    text = str(llmkernels.explain("rms_norm", torch.randn(2, 8), (8,)))
+    assert [line.split()[0] for line in text.splitlines()[1:]] == ["cuda", "cpu", "triton", "torch"]
+
+
+# Modules.
+
+
+def test_modules_have_torchs_state_dicts():
+    for ours, theirs in ((nn.LayerNorm(24), torch.nn.LayerNorm(24)), (nn.RMSNorm(24), torch.nn.RMSNorm(24))):
+        torch.nn.init.normal_(theirs.weight)
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.randn(5, 24)
+        torch.testing.assert_close(ours(x), theirs(x))
+        y, new_residual = ours(x, x)
+        torch.testing.assert_close(y, theirs(2 * x))
+        assert torch.equal(new_residual, 2 * x)
+    gemma = nn.RMSNorm(24, eps=1e-6, weight_offset=1.0)
+    assert gemma.weight.abs().max() == 0 and "weight_offset=1.0" in repr(gemma)
+    torch.testing.assert_close(gemma(x), torch_functional.rms_norm(x, (24,), eps=1e-6))
+
+
+def test_mixed_residual_dtypes_promote_as_the_sum_does():
+    x, residual = torch.randn(4, 24).bfloat16(), torch.randn(4, 24)
+    y, new_residual = functional.add_layer_norm(x, residual, (24,))
+    assert y.dtype == new_residual.dtype == torch.float32
+    assert torch.equal(new_residual, x + residual)
+
+
+def test_judge_accepts_a_baseline_of_torch_itself():
+    case, inputs = make("layer_norm", shape=(64, 40))
+    assert failures(judge_results(cases, case, inputs, cases.baseline(case, inputs))) == []

@@ -1,0 +1,188 @@
+"""Promises that hold for every op: threads, forks, leaks, instruction sets, very large tensors."""
+
+import concurrent.futures
+import gc
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import llmkernels
+from llmkernels import _native, functional
+from llmkernels.ops.norm import cases
+
+cpu = pytest.mark.skipif(_native.why_absent("cpu") is not None, reason=f"cpu: {_native.why_absent('cpu')}")
+
+
+def script(code: str, **environment: str) -> str:
+    """Run Python code in a process of its own; its standard output."""
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+@cpu
+@pytest.mark.parametrize("isa", ("default", "avx2", "avx512"))
+def test_every_instruction_set(isa):
+    """Resolved once in a process, so each gets its own."""
+    if isa not in _native.module("cpu").available_isas():
+        pytest.skip(f"cpu: {isa} does not run on this machine")
+    out = script(
+        """
+        import warnings; warnings.simplefilter("ignore")
+        from llmkernels import _native
+        from llmkernels.ops.norm import cases
+        from llmkernels.testing.battery import failures, judge
+        wrong = [(str(case), found) for case in cases.test_cases() if (found := failures(judge(cases, case, "cpu")))]
+        print(_native.module("cpu").isa(), len(wrong), wrong[:3])
+        """,
+        LLMKERNELS_ISA=isa,
+    )
+    assert out.split()[:2] == [isa, "0"], out
+
+
+@cpu
+def test_unknown_instruction_set_is_a_clear_error():
+    out = script(
+        """
+        import torch, llmkernels
+        try:
+            llmkernels.functional.rms_norm(torch.randn(2, 8), (8,), backend="cpu")
+        except Exception as error:
+            print(error)
+        """,
+        LLMKERNELS_ISA="sse9",
+    )
+    assert "LLMKERNELS_ISA: unknown instruction set 'sse9', expected one of default, avx2, avx512" in out
+    with pytest.raises(ValueError, match="force_isa: unknown instruction set"):
+        _native.module("cpu").force_isa("sse9")
+
+
+@cpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("op", cases.OPS)
+def test_bitwise_equal_for_any_thread_count(op, dtype):
+    case = cases.NormCase(op, (517, 200), (200,), dtype)
+    inputs = cases.make_inputs(case)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append(cases.evaluate(case, inputs, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+def test_called_from_eight_threads_at_once():
+    case = cases.NormCase("add_rms_norm", (64, 96), (96,))
+    inputs = [cases.make_inputs(case, seed=seed) for seed in range(8)]
+    alone = [cases.evaluate(case, item) for item in inputs]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            for expected, actual in zip(alone, pool.map(lambda item: cases.evaluate(case, item), inputs), strict=True):
+                assert all(torch.equal(expected[name], actual[name]) for name in actual)
+
+
+def test_use_backend_is_of_its_own_thread():
+    x = torch.randn(2, 8)
+    with llmkernels.use_backend("torch"), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        elsewhere = pool.submit(lambda: llmkernels.explain("layer_norm", x, (8,)).chosen).result()
+        assert llmkernels.explain("layer_norm", x, (8,)).chosen == "torch"
+    assert elsewhere == llmkernels.explain("layer_norm", x, (8,)).chosen
+
+
+@cpu
+def test_more_than_one_thread_works():
+    """at::parallel_for is silently serial in a module compiled without OpenMP."""
+    out = script(
+        """
+        import time, torch, llmkernels.functional as F
+        torch.set_num_threads(2)
+        x = torch.randn(4096, 1024)
+        F.rms_norm(x, (1024,), backend="cpu")
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(60): F.rms_norm(x, (1024,), backend="cpu")
+        threads = [int(t) for t in __import__("os").listdir("/proc/self/task")]
+        busy = sum(int(open(f"/proc/self/task/{t}/stat").read().split()[13]) > 0 for t in threads)
+        print(busy)
+        """
+    )
+    assert int(out) > 1
+
+
+def test_works_in_a_forked_child():
+    out = script(
+        """
+        import os, torch, llmkernels.functional as F
+        torch.set_num_threads(1)
+        x = torch.randn(64, 256)
+        expected = F.layer_norm(x, (256,))
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(F.layer_norm(x, (256,)), expected) else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """
+    )
+    assert out.strip() == "0"
+
+
+def test_no_leak():
+    case = cases.NormCase("add_layer_norm", (256, 1024), (1024,))
+    inputs = cases.make_inputs(case)
+
+    def run(count):
+        for _ in range(count):
+            cases.evaluate(case, inputs)
+        gc.collect()
+        tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        return tensors, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    run(30)
+    tensors, peak = run(30)
+    later_tensors, later_peak = run(150)
+    assert later_tensors == tensors
+    assert later_peak - peak < 20_000, "kilobytes; one leaked result of 150 calls would be 150,000"
+
+
+@cpu
+@pytest.mark.parametrize("op", ("layer_norm", "rms_norm"))
+def test_more_than_two_to_the_31_elements(op):
+    """Rows that all lie on the same memory, so that the input takes none; the last rows are at offsets past 2^31."""
+    rows, cols = 2**19 + 3, 2**12
+    row = torch.randn(1, cols).bfloat16()
+    x = row.expand(rows, cols)
+    assert x.numel() > 2**31
+    y = getattr(functional, op)(x, (cols,), backend="cpu")
+    expected = getattr(functional, op)(row, (cols,), backend="cpu")[0]
+    assert torch.equal(y[0], expected) and torch.equal(y[-1], expected) and torch.equal(y[2**18 + 1], expected)
+
+
+@cpu
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("isa", ("default", "avx2", "avx512"))
+def test_all_16_bit_inputs_through_load_and_store(dtype, isa):
+    """The residual of an add is a pure elementwise sum: every bit pattern plus zero comes back as it was."""
+    module = _native.module("cpu")
+    if isa not in module.available_isas():
+        pytest.skip(f"cpu: {isa} does not run on this machine")
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(256, 256)
+    before = module.isa()
+    try:
+        module.force_isa(isa)
+        _, total = functional.add_rms_norm(x, torch.zeros_like(x), (256,), backend="cpu")
+        _, doubled = functional.add_rms_norm(x, x, (256,), backend="cpu")
+    finally:
+        module.force_isa(before)
+    nan = torch.isnan(x)
+    assert torch.equal(torch.isnan(total), nan) and torch.equal(torch.isnan(doubled), nan)
+    assert torch.equal(total[~nan], (x + 0.0)[~nan])
+    assert torch.equal(doubled[~nan], (x + x)[~nan])
