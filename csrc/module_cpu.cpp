@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "common/cpu/isa.h"
+#include "torch/kernels.h"
 
 PYBIND11_MODULE(_cpu, m) {
   namespace cpu = llmkernels::cpu;
@@ -15,6 +16,8 @@ PYBIND11_MODULE(_cpu, m) {
     info["isas"] = LLMKERNELS_ISAS;
     return info;
   });
+  m.def("kernels", [] { return llmkernels::kernels_of("llmkernels_cpu", c10::DispatchKey::CPU); },
+        "The schemas of the ops that this module implements.");
   m.def("isa", [] { return cpu::isa_name(cpu::isa()); }, "The instruction set in use.");
   m.def("available_isas", &cpu::available_isas, "Those that were built and run on this CPU, slowest first.");
   m.def("force_isa", &cpu::force_isa, pybind11::arg("name"), "Use another instruction set from now on.");

@@ -5,6 +5,7 @@
 PyTorch and never an op, so that torch.compile sees through it.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -75,7 +76,14 @@ def cuda_why_not(x: torch.Tensor, *_: torch.Tensor | None) -> str | None:
     """Why the CUDA C++ kernels cannot run on the device of `x`, or None."""
     if x.device.type != "cuda":
         return f"input is on {x.device}, not on a CUDA device"
-    return _native.why_absent("cuda") or _transform_reason()
+    return _native.why_absent("cuda") or _too_old(x.device) or _transform_reason()
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    """The kernels are compiled for compute capability 8.0 and, as PTX, for everything newer."""
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
 
 
 def cpu_why_not(x: torch.Tensor, *_: torch.Tensor | None) -> str | None:

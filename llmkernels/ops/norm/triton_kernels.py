@@ -105,6 +105,7 @@ def _norm_fwd_kernel(
             squares += v * v
         correction = tl.sum(total, 0) / cols
         square = tl.sum(squares, 0) / cols - correction * correction
+        square = tl.where(square < 0.0, 0.0, square)  # below zero by rounding only; a NaN stays
     rstd = 1.0 / tl.sqrt(square + eps)
     if not RMS:
         tl.store(mean_ptr + row, mean + correction)

@@ -1,0 +1,23 @@
+// What a planner knows of a GPU, and what it decides. Planners are pure functions, free of CUDA and of torch, so that
+// tests can run a kernel exactly as the product launches it.
+#pragma once
+
+#include <cstdint>
+
+namespace llmkernels::cuda {
+
+struct Gpu {
+  int multiprocessors;
+};
+
+struct Launch {
+  unsigned grid[2] = {1, 1};
+  unsigned block[2] = {1, 1};
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Null pointers are aligned to anything.
+inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+}  // namespace llmkernels::cuda
