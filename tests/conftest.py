@@ -13,6 +13,10 @@ if not torch.cuda.is_available():
     # Read by Triton when a kernel is decorated, so it is set before anything imports one.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Tests start processes of their own, which have to find the package without an installation.
+_root = str(Path(__file__).resolve().parent.parent)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_root, os.environ.get("PYTHONPATH"))))
+
 import llmkernels
 from llmkernels import _native, _op, registry
 

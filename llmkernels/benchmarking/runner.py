@@ -1,16 +1,15 @@
 """Run the cases of an op family: check each candidate's answer, then time all of them in turns."""
 
 import dataclasses
-import importlib
 from collections.abc import Iterator
 
 import torch
 
-from llmkernels import registry
+from llmkernels import ops, registry
 from llmkernels.benchmarking.timer import interleave, ratio, summary
 from llmkernels.testing.battery import failures, judge_results
+from llmkernels.testing.inputs import outputs_and_gradients
 
-FAMILIES = ("norm",)
 MODES = ("fwd", "fwd+bwd")
 
 
@@ -41,19 +40,19 @@ class Measured:
 def families(op: str | None, family: str | None) -> list[tuple]:
     """(cases module, bench module, ops) for what was asked for."""
     chosen = []
-    for name in FAMILIES if family is None else (family,):
-        bench = importlib.import_module(f"llmkernels.ops.{name}.bench")
-        ops = [known for known in bench.OPS if op in (None, known)]
-        if ops:
-            chosen.append((importlib.import_module(f"llmkernels.ops.{name}.cases"), bench, ops))
+    for name in ops.FAMILIES if family is None else (family,):
+        cases, bench = ops.cases_of(name), ops.bench_of(name)
+        wanted = [known for known in cases.OPS if op in (None, known)]
+        if wanted:
+            chosen.append((cases, bench, wanted))
     return chosen
 
 
 def plan(chosen: list[tuple], *, full: bool, dtype: str | None) -> list[tuple]:
     """(cases module, bench module, case, mode), the order of measurement."""
     work = []
-    for cases, bench, ops in chosen:
-        for op in ops:
+    for cases, bench, wanted in chosen:
+        for op in wanted:
             for case in bench.bench_cases(op, full):
                 if dtype in (None, str(case.dtype).removeprefix("torch.")):
                     work += [(cases, bench, case, mode) for mode in MODES]
@@ -86,7 +85,7 @@ def measure(cases, bench, case, mode: str, device: str, *, seconds: float, compi
     inputs = cases.make_inputs(case, device, seed=1)
     wrong = {}
     for name, function in list(functions.items()):
-        actual = cases._gradients(case, inputs, function)
+        actual = outputs_and_gradients(inputs, function)
         problems = failures(judge_results(cases, case, inputs, actual))
         # torch's own error is the yardstick of the rule, so a compiled peer gets no stricter one than eager.
         if problems and name in registry.BACKENDS:
@@ -94,7 +93,7 @@ def measure(cases, bench, case, mode: str, device: str, *, seconds: float, compi
             del functions[name]
     size = cases.bytes_moved(case, "fwd" if mode == "call" else mode)
     sets = _input_sets(cases, case, device, size if cold else 0)
-    timed = {name: _timed(cases, case, mode, function, sets) for name, function in functions.items()}
+    timed = {name: _timed(mode, function, sets) for name, function in functions.items()}
     copy = None
     if mode != "call":
         element = torch.empty(size // 2 // case.dtype.itemsize, dtype=case.dtype, device=device).uniform_()
@@ -115,24 +114,17 @@ def measure(cases, bench, case, mode: str, device: str, *, seconds: float, compi
 def _input_sets(cases, case, device: str, size: int) -> Iterator:
     """Endless inputs: always the same (warm), or enough of them that none is still in a cache (cold)."""
     count = 1 if size == 0 else max(2, (512 << 20) // max(size, 1))
-    sets = [cases.make_inputs(case, device, seed) for seed in range(count)]
-    for inputs in sets:
-        for name in ("x", "residual", "weight", "bias"):
-            tensor = getattr(inputs, name)
-            if tensor is not None:
-                tensor.requires_grad_()
+    sets = [cases.make_inputs(case, device, seed).requiring_grad() for seed in range(count)]
     while True:
         yield from sets
 
 
-def _timed(cases, case, mode: str, function, sets: Iterator):
+def _timed(mode: str, function, sets: Iterator):
     if mode != "fwd+bwd":
         return lambda: function(next(sets))
 
     def step():
         inputs = next(sets)
-        leaves = [t for t in (inputs.x, inputs.residual, inputs.weight, inputs.bias) if t is not None]
-        outputs = function(inputs)
-        torch.autograd.grad(outputs, leaves, [inputs.dy, inputs.dresidual][: len(outputs)])
+        inputs.backward(function(inputs))
 
     return step

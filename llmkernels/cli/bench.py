@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from llmkernels import machine, registry
+from llmkernels import machine, ops, registry
 from llmkernels.benchmarking import runner
 from llmkernels.benchmarking.timer import keep_freed_memory
 from llmkernels.cli import UsageError
@@ -17,7 +17,7 @@ from llmkernels.cli import UsageError
 
 def add_arguments(parser) -> None:
     parser.add_argument("op", nargs="?", help="one op; default: all")
-    parser.add_argument("--family", choices=runner.FAMILIES, help="all ops of one family")
+    parser.add_argument("--family", choices=ops.FAMILIES, help="all ops of one family")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU (default 1)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))

@@ -2,18 +2,16 @@
 
 import argparse
 import dataclasses
-import importlib
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from llmkernels import registry
+from llmkernels import ops, registry
 from llmkernels.cli import UsageError
 from llmkernels.testing.battery import judge
 
-FAMILIES = ("norm",)
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,8 +40,7 @@ def _selected(args) -> list:
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
         raise UsageError(f"device {args.device!r} is not there")
     chosen = []
-    for family in FAMILIES:
-        cases = importlib.import_module(f"llmkernels.ops.{family}.cases")
+    for cases in map(ops.cases_of, ops.FAMILIES):
         for case in cases.test_cases():
             if args.op in (None, case.op) and args.dtype in (None, _name(case.dtype)):
                 chosen.append((cases, case))

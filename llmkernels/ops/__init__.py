@@ -1,0 +1,21 @@
+"""One package per family of ops; the folders found here are the families that tests, checks and benchmarks run.
+
+A family has op.py (the ops), reference.py (plain PyTorch), cases.py (what is tested), bench.py (what is timed),
+triton_kernels.py and module.py where it has kernels in Triton and modules.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+FAMILIES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg))
+
+
+def cases_of(family: str) -> ModuleType:
+    """The cases module of a family."""
+    return importlib.import_module(f"llmkernels.ops.{family}.cases")
+
+
+def bench_of(family: str) -> ModuleType:
+    """The bench module of a family."""
+    return importlib.import_module(f"llmkernels.ops.{family}.bench")

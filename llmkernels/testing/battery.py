@@ -1,29 +1,40 @@
-"""Run a case on a backend and judge every output and gradient by the tolerance rule."""
+"""Run a case on a backend and judge every output and gradient by the tolerance rule.
+
+`cases` is the op family's module (llmkernels.ops.<family>.cases), `case` one of its cases.
+"""
 
 from types import ModuleType
 
+from torch import Tensor
+
 from llmkernels.testing.compare import GRADIENT, OUTPUT, Difference, compare_rows
+from llmkernels.testing.inputs import Inputs, outputs_and_gradients
+
+
+def evaluate(cases: ModuleType, case, inputs: Inputs, backend: str | None = None) -> dict[str, Tensor]:
+    """Outputs and gradients of the public function. Raises NoBackendError if the backend cannot run the case."""
+    return outputs_and_gradients(inputs, lambda leaves: cases.call(case, leaves, backend))
+
+
+def baseline(cases: ModuleType, case, inputs: Inputs) -> dict[str, Tensor]:
+    """Outputs and gradients of plain PyTorch in the same dtype: its error is the yardstick."""
+    return outputs_and_gradients(inputs, lambda leaves: cases.call_torch(case, leaves))
 
 
 def judge(cases: ModuleType, case, backend: str | None, device: str = "cpu", seed: int = 0) -> dict[str, Difference]:
-    """Evaluate `case` on `backend` and compare each result with the fp64 truth.
-
-    `cases` is the op family's module (llmkernels.ops.<family>.cases), `case` one of its cases. Returns a Difference
-    for each output and gradient by name. Raises NoBackendError if the backend cannot run the case.
-    """
+    """Evaluate `case` on `backend` and compare each result with the fp64 truth: a Difference by name."""
     inputs = cases.make_inputs(case, device, seed)
-    actual = cases.evaluate(case, inputs, backend)
-    return judge_results(cases, case, inputs, actual)
+    return judge_results(cases, case, inputs, evaluate(cases, case, inputs, backend))
 
 
-def judge_results(cases: ModuleType, case, inputs, actual: dict) -> dict[str, Difference]:
+def judge_results(cases: ModuleType, case, inputs: Inputs, actual: dict[str, Tensor]) -> dict[str, Difference]:
     """Compare results made elsewhere, for instance by a deliberately wrong variant."""
-    truth, baseline = cases.truth(case, inputs), cases.baseline(case, inputs)
+    truth, yardstick = cases.truth(case, inputs), baseline(cases, case, inputs)
     if set(actual) != set(truth):
         raise AssertionError(f"{case}: results {sorted(actual)}, expected {sorted(truth)}")
     return {
         name: compare_rows(
-            *(cases.as_rows(case, name, results[name]) for results in (actual, truth, baseline)),
+            *(cases.as_rows(case, name, results[name]) for results in (actual, truth, yardstick)),
             tolerance=GRADIENT if name.startswith("d") else OUTPUT,
             floor=cases.term_size(case, inputs, name),
         )

@@ -10,32 +10,12 @@ import torch.nn.functional as torch_functional
 import llmkernels
 from llmkernels import functional, nn
 from llmkernels.ops.norm import cases
-from llmkernels.testing.battery import failures, judge_results
+from llmkernels.testing.battery import baseline, failures, judge_results
 
 
 def make(op, device="cpu", dtype=torch.float32, shape=(6, 24)):
     case = cases.NormCase(op, shape, shape[-1:], dtype)
     return case, cases.make_inputs(case, device)
-
-
-@pytest.mark.parametrize("op", cases.OPS)
-def test_compile_fullgraph_equals_eager(op, backend, device):
-    if backend == "triton" and device == "cpu":
-        pytest.skip("triton: an interpreted kernel cannot be traced into a compiled graph's runtime checks")
-    torch._dynamo.reset()
-    case, inputs = make(op, device)
-
-    def run(function):
-        leaves = [t.clone().requires_grad_() for t in (inputs.x, inputs.weight)]
-        outputs = function(*leaves)
-        return outputs, torch.autograd.grad(outputs, leaves, [inputs.dy, inputs.dresidual][: len(outputs)])
-
-    def call(x, weight):
-        return cases.call(case, cases.replace(inputs, x=x, weight=weight), backend)
-
-    expected = run(call)
-    actual = run(torch.compile(call, fullgraph=True, backend="aot_eager"))
-    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("op", cases.OPS)
@@ -123,38 +103,6 @@ def test_eps_none_and_mixed_weight_dtypes_equal_torch(dtype):
         torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-7 if dtype != torch.float64 else 1e-9)
 
 
-# Tensors that are not simply contiguous.
-
-
-def _strange(x):
-    wide = torch.zeros(x.shape[0], 2 * x.shape[1], dtype=x.dtype, device=x.device)
-    wide[:, 1::2] = x
-    offset = torch.zeros(x.numel() + 1, dtype=x.dtype, device=x.device)
-    offset[1:] = x.flatten()
-    rows = torch.zeros(x.shape[0], x.shape[1] + 3, dtype=x.dtype, device=x.device)
-    rows[:, 2 : 2 + x.shape[1]] = x
-    return {
-        "every second column": wide[:, 1::2],
-        "transposed": x.t().contiguous().t(),
-        "misaligned": offset[1:].view(x.shape),
-        "row stride": rows[:, 2 : 2 + x.shape[1]],
-    }
-
-
-@pytest.mark.parametrize("op", cases.OPS)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_strides_and_offsets(op, dtype, backend, device, poison):
-    case, inputs = make(op, device, dtype)
-    expected = cases.evaluate(case, inputs, backend)
-    for name, x in _strange(inputs.x).items():
-        assert torch.equal(x, inputs.x)
-        strange = cases.replace(inputs, x=x, dy=_strange(inputs.dy)[name])
-        if case.adds:
-            strange = cases.replace(strange, residual=_strange(inputs.residual)[name], dresidual=_strange(inputs.dresidual)[name])
-        for result, value in cases.evaluate(case, strange, backend).items():
-            torch.testing.assert_close(value, expected[result], msg=lambda m, n=name, r=result: f"{n}, {r}: {m}")
-
-
 @pytest.mark.parametrize("op", ("layer_norm", "rms_norm"))
 def test_expanded_rows(op, backend, device, poison):
     row = torch.randn(1, 24, device=device)
@@ -170,13 +118,6 @@ def test_special_values_propagate_as_in_torch(op, value, backend, device):
     ours = getattr(functional, op)(x, (40,), backend=backend)
     theirs = getattr(torch_functional, op)(x, (40,))
     torch.testing.assert_close(ours, theirs, equal_nan=True)
-
-
-@pytest.mark.parametrize("op", cases.OPS)
-def test_twice_run_is_bitwise_equal(op, backend, device):
-    case, inputs = make(op, device, shape=(301, 72))
-    first, second = (cases.evaluate(case, inputs, backend) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 # Errors.
@@ -283,4 +224,4 @@ def test_mixed_residual_dtypes_promote_as_the_sum_does():
 
 def test_judge_accepts_a_baseline_of_torch_itself():
     case, inputs = make("layer_norm", shape=(64, 40))
-    assert failures(judge_results(cases, case, inputs, cases.baseline(case, inputs))) == []
+    assert failures(judge_results(cases, case, inputs, baseline(cases, case, inputs))) == []

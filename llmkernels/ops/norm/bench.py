@@ -5,7 +5,6 @@ import torch
 from llmkernels.ops.norm import cases
 from llmkernels.ops.norm.cases import NormCase
 
-OPS = cases.OPS
 SIZE, ROW = (4096, 1024), (1024,)
 LONG = ((256, 16384), (8192, 256), (64, 262144))
 

@@ -1,7 +1,7 @@
 """What tests, `llmkernels check` and benchmarks run for the norm family: shapes, inputs, truth, baseline, bytes."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as torch_functional
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmkernels import functional
 from llmkernels.ops.norm import reference
+from llmkernels.testing.inputs import Inputs, outputs_and_gradients, short_name
 
 OPS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -45,24 +46,41 @@ class NormCase:
     def rows(self) -> int:
         return math.prod(self.shape[: len(self.shape) - len(self.normalized_shape)])
 
+    @property
+    def option(self) -> str:
+        """The word for this case in tests/coverage.toml."""
+        if self.cols > 8192:
+            return "long_row"
+        if self.data != "normal":
+            return self.data
+        if not self.weight:
+            return "no_weight"
+        if self.weight_dtype:
+            return f"weight_{short_name(self.weight_dtype)}"
+        if self.is_layer_norm and not self.bias:
+            return "no_bias"
+        if self.weight_offset:
+            return "weight_offset"
+        return "dims" if len(self.normalized_shape) > 1 else "plain"
+
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))
         options = [self.data] if self.data != "normal" else []
         options += [] if self.weight else ["no_weight"]
         options += [] if self.bias or not self.is_layer_norm else ["no_bias"]
         options += [f"offset{self.weight_offset:g}"] if self.weight_offset else []
-        options += [f"weight_{_short(self.weight_dtype)}"] if self.weight_dtype else []
+        options += [f"weight_{short_name(self.weight_dtype)}"] if self.weight_dtype else []
         options += [f"dims{len(self.normalized_shape)}"] if len(self.normalized_shape) > 1 else []
-        return "-".join([self.op, size, _short(self.dtype), *options])
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(dtype)[6:]]
+        return "-".join([self.op, size, short_name(self.dtype), *options])
 
 
 @dataclass
-class NormInputs:
+class NormInputs(Inputs):
     """Tensors of one case: the arguments and the gradients that arrive at the outputs."""
+
+    LEAVES = ("x", "residual", "weight", "bias")
+    OUTPUTS = ("y", "new_residual")
+    GRADS = ("dy", "dresidual")
 
     x: Tensor
     residual: Tensor | None
@@ -125,32 +143,10 @@ def call_torch(case: NormCase, inputs: NormInputs) -> tuple[Tensor, ...]:
     return (y, x) if case.adds else (y,)
 
 
-def _gradients(case: NormCase, inputs: NormInputs, function) -> dict[str, Tensor]:
-    """Run `function(leaves)` and its backward: outputs and gradients by name."""
-    names = [name for name in ("x", "residual", "weight", "bias") if getattr(inputs, name) is not None]
-    leaves = replace(inputs, **{name: getattr(inputs, name).detach().requires_grad_() for name in names})
-    outputs = function(leaves)
-    arriving = [inputs.dy, inputs.dresidual][: len(outputs)]
-    grads = torch.autograd.grad(outputs, [getattr(leaves, name) for name in names], arriving)
-    results = dict(zip(("y", "new_residual"), (out.detach() for out in outputs), strict=False))
-    return results | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
-
-
-def evaluate(case: NormCase, inputs: NormInputs, backend: str | None = None) -> dict[str, Tensor]:
-    """Outputs and gradients of the public function."""
-    return _gradients(case, inputs, lambda leaves: call(case, leaves, backend))
-
-
-def baseline(case: NormCase, inputs: NormInputs) -> dict[str, Tensor]:
-    """Outputs and gradients of plain PyTorch in the same dtype."""
-    return _gradients(case, inputs, lambda leaves: call_torch(case, leaves))
-
-
 def truth(case: NormCase, inputs: NormInputs) -> dict[str, Tensor]:
     """Outputs and gradients in fp64, of the sum as it is rounded to the dtype under test."""
     s = inputs.x if not case.adds else inputs.x + inputs.residual
     wide = NormInputs(*(None if t is None else t.double() for t in (s, None, inputs.weight, inputs.bias, inputs.dy, None)))
-    alone = replace(case, op=case.op.removeprefix("add_"), dtype=torch.float64, weight_dtype=None)
 
     def formula(leaves):
         if case.is_layer_norm:
@@ -158,7 +154,7 @@ def truth(case: NormCase, inputs: NormInputs) -> dict[str, Tensor]:
         args = (leaves.x, None, leaves.weight, case.normalized_shape, case.eps, case.weight_offset)
         return (reference.rms_norm(*args),)
 
-    results = _gradients(alone, wide, formula)
+    results = outputs_and_gradients(wide, formula)
     if case.adds:
         results["dx"] = results["dx"] + inputs.dresidual.double()
         results |= {"new_residual": s.double(), "dresidual": results["dx"]}
@@ -202,6 +198,12 @@ def bytes_moved(case: NormCase, direction: str) -> int:
     return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[direction]
 
 
+def plain_case(op: str, dtype: torch.dtype = torch.float32, *, tiny: bool = False) -> NormCase:
+    """An ordinary call of `op` with every tensor present; `tiny` where each element is perturbed alone."""
+    shape = (3, 5) if tiny else (6, 24)
+    return NormCase(op, shape, shape[-1:], dtype)
+
+
 def test_cases() -> list[NormCase]:
     """The cases of the test battery: each option, each dtype, awkward row lengths, hard data."""
     cases = []
@@ -217,14 +219,14 @@ def test_cases() -> list[NormCase]:
                 cases.append(NormCase(op, (5, 40), (40,), dtype, bias=False))
             else:
                 cases.append(NormCase(op, (5, 40), (40,), dtype, weight_offset=1.0))
+        cases.append(NormCase(op, (301, 72), (72,), torch.bfloat16))
         cases += [NormCase(op, (3, cols), (cols,)) for cols in (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 63, 64, 65, 127, 1000, 1025)]
         cases += [NormCase(op, (4, 1025), (1025,), torch.bfloat16), NormCase(op, (1, 5000), (5000,))]
         cases += [NormCase(op, shape, shape[-1:]) for shape in ((0, 16), (4, 0), (16,))]
-        cases.append(NormCase(op, (300, 64), (64,)))
     return cases
 
 
-def long_row_cases() -> list[NormCase]:
+def long_cases() -> list[NormCase]:
     """Rows of up to 262,144 columns: too slow for an interpreter."""
     return [
         NormCase(op, (2, cols), (cols,), dtype, data=data)

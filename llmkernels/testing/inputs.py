@@ -1,0 +1,54 @@
+"""The tensors of one case, and how outputs and gradients are had from them: the same for every op family."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """fp64, fp32, bf16 or fp16."""
+    return {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(dtype)[6:]]
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Base of a family's inputs: a dataclass of tensors, None where an optional one is absent.
+
+    LEAVES names the fields that can have a gradient, in the order of the call; OUTPUTS the results of the op in order;
+    GRADS the fields that hold the gradient arriving at each of OUTPUTS. The gradient of leaf `x` is called `dx`.
+    """
+
+    LEAVES: ClassVar[tuple[str, ...]]
+    OUTPUTS: ClassVar[tuple[str, ...]]
+    GRADS: ClassVar[tuple[str, ...]]
+
+    def leaf_names(self) -> list[str]:
+        return [name for name in self.LEAVES if getattr(self, name) is not None]
+
+    def leaves(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.leaf_names()]
+
+    def replace(self, **tensors: Tensor | None) -> "Inputs":
+        """The same inputs with other tensors under these names."""
+        return dataclasses.replace(self, **tensors)
+
+    def requiring_grad(self) -> "Inputs":
+        """The same inputs with leaves of autograd's graph."""
+        return self.replace(**{name: getattr(self, name).detach().requires_grad_() for name in self.leaf_names()})
+
+    def backward(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The gradients of the leaves, in their order."""
+        arriving = [getattr(self, name) for name in self.GRADS[: len(outputs)]]
+        return torch.autograd.grad(outputs, self.leaves(), arriving)
+
+
+def outputs_and_gradients(inputs: Inputs, function: Callable[[Inputs], tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """Run `function` on fresh leaves, and its backward: every output and gradient by name."""
+    fresh = inputs.requiring_grad()
+    outputs = function(fresh)
+    grads = fresh.backward(outputs)
+    results = dict(zip(inputs.OUTPUTS, (out.detach() for out in outputs), strict=False))
+    return results | {f"d{name}": grad for name, grad in zip(inputs.leaf_names(), grads, strict=True)}
