@@ -7,4 +7,15 @@ from llmkernels.registry import NoBackendError, use_backend
 
 __version__ = "0.1.0"
 
-__all__ = ["NoBackendError", "accelerate", "accelerated", "autograd", "backends", "explain", "functional", "nn", "restore", "use_backend"]
+__all__ = [
+    "NoBackendError",
+    "accelerate",
+    "accelerated",
+    "autograd",
+    "backends",
+    "explain",
+    "functional",
+    "nn",
+    "restore",
+    "use_backend",
+]

@@ -17,7 +17,7 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd records a call with these tensors."""
     if not torch.is_grad_enabled():
         return False
-    for tensor in tensors:
+    for tensor in tensors:  # noqa: SIM110 - half the time of any(), and every call pays it
         if tensor is not None and tensor.requires_grad:
             return True
     return False

@@ -3,10 +3,10 @@
 import collections
 import itertools
 import os
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 import torch
 
 if not torch.cuda.is_available():
@@ -44,7 +44,11 @@ def absent(backend: str) -> str | None:
 @pytest.fixture(params=registry.BACKENDS)
 def backend(request) -> str:
     """Each backend by name; skipped with its own sentence where its tool is absent."""
+    parameters = request.node.callspec.params
+    op = parameters.get("op") or getattr(parameters.get("case"), "op", None)
     reason = absent(request.param)
+    if reason is None and op in registry.ops() and request.param not in [e.name for e in registry.entries(op)]:
+        reason = f"{op} has no such kernel"
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     return request.param
@@ -98,8 +102,10 @@ def pytest_deselected(items):
 
 def _key(nodeid: str, keywords) -> tuple[str, str]:
     subject = Path(nodeid.split("::")[0]).stem.removeprefix("test_")
-    return subject, next((name for name in registry.BACKENDS if f"[{name}" in nodeid or f"-{name}-" in nodeid
-                          or f"-{name}]" in nodeid), "all")
+    return subject, next(
+        (name for name in registry.BACKENDS if f"[{name}" in nodeid or f"-{name}-" in nodeid or f"-{name}]" in nodeid),
+        "all",
+    )
 
 
 def pytest_runtest_logreport(report):
@@ -139,7 +145,9 @@ def pytest_terminal_summary(terminalreporter, config):
     write = terminalreporter.write_line
     terminalreporter.section("what ran")
     for (subject, name), counts in sorted(_outcomes.items()):
-        line = f"{subject:<22} {name:<7} " + "  ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+        line = f"{subject:<22} {name:<7} " + "  ".join(
+            f"{count} {outcome}" for outcome, count in sorted(counts.items())
+        )
         write(line)
         for reason, count in _reasons[subject, name].most_common():
             write(f"{'':<30} {count} x {reason}")

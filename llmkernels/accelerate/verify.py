@@ -24,7 +24,9 @@ def verify(module: nn.Module, candidate: Candidate, backend: str | None) -> tupl
         for dtype in (torch.float64, torch.float32):
             original = _randomised(module, dtype)
             x = _inputs(candidate.normalized_shape, dtype, device_of(module))
-            problem, error = _compare(original, candidate, x, backend, _TOLERANCE[dtype], gradients=dtype == torch.float64)
+            problem, error = _compare(
+                original, candidate, x, backend, _TOLERANCE[dtype], gradients=dtype == torch.float64
+            )
             worst = max(worst, error)
             if problem:
                 return f"{candidate.description} disagrees in {_name(dtype)}: {problem}", error
@@ -84,7 +86,8 @@ def _compare(
     for name, want in expected.items():
         got = actual[name]
         if got.dtype != want.dtype or got.shape != want.shape:
-            return f"{name} is {_name(got.dtype)} {tuple(got.shape)}, the original's {_name(want.dtype)} {tuple(want.shape)}", float("inf")
+            ours, theirs = (f"{_name(t.dtype)} {tuple(t.shape)}" for t in (got, want))
+            return f"{name} is {ours}, the original's {theirs}", float("inf")
         rows = 8 if got.shape == x.shape else 1
         want, got = want.double().reshape(rows, -1), got.double().reshape(rows, -1)
         if not torch.equal(torch.isnan(want), torch.isnan(got)):

@@ -29,7 +29,9 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_threshold, huge)
 
 
-def interleave(candidates: dict[str, Callable[[], object]], device: str, seconds: float, calls: int = 1) -> dict[str, list[float]]:
+def interleave(
+    candidates: dict[str, Callable[[], object]], device: str, seconds: float, calls: int = 1
+) -> dict[str, list[float]]:
     """Seconds of one call, for each round, by candidate.
 
     Rounds go on until `seconds` are spent, at least 7 and at most 200, after two that are not counted. `calls` in a
@@ -60,7 +62,7 @@ def interleave(candidates: dict[str, Callable[[], object]], device: str, seconds
 def summary(times: list[float]) -> dict[str, float]:
     """Median, tenth and ninetieth percentile, in milliseconds."""
     ordered = sorted(times)
-    at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]  # noqa: E731
+    at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]
     values = {"median": statistics.median(ordered), "p10": at(0.1), "p90": at(0.9)}
     return {name: value * 1e3 for name, value in values.items()} | {"rounds": len(ordered)}
 

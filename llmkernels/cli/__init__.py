@@ -17,7 +17,9 @@ class UsageError(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="llmkernels", description="Kernels for language models, proven and explained.")
+    parser = argparse.ArgumentParser(
+        prog="llmkernels", description="Kernels for language models, proven and explained."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     modules = {}
     for name, description in SUBCOMMANDS.items():

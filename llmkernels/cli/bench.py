@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -13,6 +12,7 @@ from llmkernels import machine, ops, registry
 from llmkernels.benchmarking import runner
 from llmkernels.benchmarking.timer import keep_freed_memory
 from llmkernels.cli import UsageError
+from llmkernels.cli.console import make_console
 
 
 def add_arguments(parser) -> None:
@@ -39,7 +39,7 @@ def run(args) -> int:
         raise UsageError(f"--json: no folder {args.json.parent}")
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    console = Console()
+    console = make_console()
     work = runner.plan(runner.families(args.op, args.family), full=args.full, dtype=args.dtype)
     settings = {"seconds": args.seconds, "compiled": not args.no_compile, "cold": args.cold}
     results = [
@@ -79,7 +79,9 @@ def _table(results: list, threads: int) -> Table:
                 f"{time} {unit} {spread}",
                 "" if result.mode == "call" else f"{result.bandwidth(name):.1f}",
                 "" if of_copy is None else f"{of_copy:.0%}",
-                f"{result.ratios[name]:.2f}x" if name in result.ratios else ("best peer" if name == result.best_peer else ""),
+                f"{result.ratios[name]:.2f}x"
+                if name in result.ratios
+                else ("best peer" if name == result.best_peer else ""),
             )
         table.add_section()
     return table

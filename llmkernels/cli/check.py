@@ -4,12 +4,12 @@ import argparse
 import dataclasses
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from llmkernels import ops, registry
 from llmkernels.cli import UsageError
+from llmkernels.cli.console import make_console
 from llmkernels.testing.battery import judge
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,7 +59,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def run(args) -> int:
-    console = Console()
+    console = make_console()
     chosen = _selected(args)
     backends = (args.backend,) if args.backend else registry.BACKENDS
     worst: dict[tuple[str, str, str], list] = {}
@@ -70,7 +70,7 @@ def run(args) -> int:
             try:
                 results = judge(cases, case, backend, args.device)
             except registry.NoBackendError as error:
-                refused.setdefault((case.op, backend), str(error).split(f"{backend}: ", 1)[-1])
+                refused.setdefault((case.op, backend), str(error).rsplit("cannot run this call: ", 1)[-1])
                 continue
             for name, difference in results.items():
                 row = worst.setdefault((case.op, backend, _name(case.dtype)), [0, 0.0, 0.0, "ok"])

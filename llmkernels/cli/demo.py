@@ -13,6 +13,7 @@ from rich.table import Table
 import llmkernels
 from llmkernels import machine
 from llmkernels.cli import UsageError
+from llmkernels.cli.console import make_console
 from llmkernels.demo import text as source
 from llmkernels.demo.model import LanguageModel
 from llmkernels.demo.picture import draw
@@ -56,7 +57,7 @@ def _prepare(args) -> None:
 
 
 def run(args) -> int:
-    console = Console()
+    console = make_console()
     _prepare(args)
     train, held_out = source.split(_read(args.text))
     size, length = (4, 64) if args.quick else (8, 256)
@@ -68,7 +69,8 @@ def run(args) -> int:
     eager, other, fast = model, copy.deepcopy(model), copy.deepcopy(model)
     objects = [(id(module), type(module)) for module in fast.modules()]
     report = llmkernels.accelerate(fast)
-    console.print(f"{len(train):,} bytes to train on, {len(held_out):,} held out; {sum(p.numel() for p in model.parameters()):,} parameters")
+    parameters = sum(p.numel() for p in model.parameters())
+    console.print(f"{len(train):,} bytes to train on, {len(held_out):,} held out; {parameters:,} parameters")
     console.print(report)
     note = None
     if not report.swapped:
@@ -81,7 +83,13 @@ def run(args) -> int:
         Run("accelerated", fast, threads),
         Run("eager, other thread count", other, other_threads),
     ]
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "loss {task.fields[loss]:.3f}", TimeRemainingColumn())
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        "loss {task.fields[loss]:.3f}",
+        TimeRemainingColumn(),
+    )
     columns = tuple(TextColumn(column) if isinstance(column, str) else column for column in columns)
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training, in turns", total=steps, loss=0.0)
@@ -92,7 +100,15 @@ def run(args) -> int:
     verdict = agreement(*(run.losses for run in runs))
     warm = slice(min(3, steps - 1), None)
     ratios = sorted(a / b for a, b in zip(runs[0].seconds[warm], runs[1].seconds[warm], strict=True))
-    bits = {run.name: bits_per_byte(run.model, held_out, size, length, 4 if args.quick else 16, args.device) for run in runs[:2]}
+    speedup = {
+        "median": statistics.median(ratios),
+        "p10": ratios[len(ratios) // 10],
+        "p90": ratios[-1 - len(ratios) // 10],
+    }
+    bits = {
+        run.name: bits_per_byte(run.model, held_out, size, length, 4 if args.quick else 16, args.device)
+        for run in runs[:2]
+    }
     speeds = {run.name: size * length / statistics.median(run.seconds[warm]) for run in runs[:2]}
     restored = llmkernels.restore(fast)
     same = [(id(module), type(module)) for module in fast.modules()] == objects
@@ -105,7 +121,7 @@ def run(args) -> int:
         "losses": {run.name: run.losses for run in runs},
         "agreement": verdict.__dict__,
         "tokens_per_second": speeds,
-        "speedup": {"median": statistics.median(ratios), "p10": ratios[len(ratios) // 10], "p90": ratios[len(ratios) * 9 // 10]},
+        "speedup": speedup,
         "bits_per_byte": bits,
         "restored": {"modules": restored, "same_objects": same},
     }  # fmt: skip
@@ -131,7 +147,9 @@ def _print(console: Console, result: dict) -> None:
     table.add_row("held-out loss (bits per byte)", *(f"{bits[name]:.4f}" for name in names))
     console.print(table)
     speedup, verdict = result["speedup"], result["agreement"]
-    console.print(f"speed-up, step by step: {speedup['median']:.2f}x (p10 {speedup['p10']:.2f}, p90 {speedup['p90']:.2f})")
+    console.print(
+        f"speed-up, step by step: {speedup['median']:.2f}x (p10 {speedup['p10']:.2f}, p90 {speedup['p90']:.2f})"
+    )
     word = "agree" if verdict["agrees"] else "DO NOT AGREE"
     console.print(
         f"loss curves {word}: apart by {verdict['difference']:.1e} at most, allowed {verdict['allowed']:.1e} "

@@ -48,5 +48,7 @@ class LanguageModel(nn.Module):
         tokens = torch.tensor([list(prompt)], device=self.head.weight.device)
         for _ in range(count):
             logits = self(tokens[:, -self.length :])[0, -1].float().cpu()
-            tokens = torch.cat([tokens, torch.multinomial((logits / 0.7).softmax(0), 1, generator=generator)[None].to(tokens)], 1)
+            tokens = torch.cat(
+                [tokens, torch.multinomial((logits / 0.7).softmax(0), 1, generator=generator)[None].to(tokens)], 1
+            )
         return bytes(tokens[0].tolist())

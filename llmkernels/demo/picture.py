@@ -18,8 +18,15 @@ def draw(result: dict, path: Path) -> None:
     curves.set(xlabel="step", ylabel="training loss (nats per byte)", title="same seed, same data")
     curves.legend()
     tiny = 1e-9  # a logarithmic axis cannot show zero
-    apart.semilogy(steps, [abs(a - b) + tiny for a, b in zip(eager, fast)], color="#d62728", label="accelerated")
-    apart.semilogy(steps, [abs(a - b) + tiny for a, b in zip(eager, other)], color="#777777", label="eager, other threads")
+    apart.semilogy(
+        steps, [abs(a - b) + tiny for a, b in zip(eager, fast, strict=True)], color="#d62728", label="accelerated"
+    )
+    apart.semilogy(
+        steps,
+        [abs(a - b) + tiny for a, b in zip(eager, other, strict=True)],
+        color="#777777",
+        label="eager, other threads",
+    )
     apart.axhline(result["agreement"]["allowed"], color="black", linestyle=":", label="allowed")
     apart.set(xlabel="step", ylabel="difference from eager", title="how far the curves are apart")
     apart.legend(fontsize="small")

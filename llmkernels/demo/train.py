@@ -38,7 +38,9 @@ class Run:
         self.seconds.append(time.perf_counter() - begin)
 
 
-def lockstep(runs: list[Run], data: Tensor, steps: int, size: int, length: int, seed: int, device: str) -> Iterator[int]:
+def lockstep(
+    runs: list[Run], data: Tensor, steps: int, size: int, length: int, seed: int, device: str
+) -> Iterator[int]:
     """Give every run the same batch, one after the other, so that a machine that slows down slows all of them."""
     for step in range(steps):
         tokens, targets = (t.to(device) for t in batch(data, step, size, length, seed))

@@ -36,7 +36,12 @@ def _norm_configurations():
             types = [data, data, weight, weight, data, data, acc, acc, acc, "i64", "i64", "i32"]
             yield norm._norm_fwd_kernel, types, {**flags, "HAS_BIAS": not rms, **shared}, warps
             types = [data, data, data, weight, acc, acc, data, acc, acc, acc, "i64", "i64", "i64", "i32", "i32"]
-            yield norm._norm_bwd_kernel, types, {**flags, "DX": True, "DWEIGHT": True, "DBIAS": not rms, **shared}, warps
+            yield (
+                norm._norm_bwd_kernel,
+                types,
+                {**flags, "DX": True, "DWEIGHT": True, "DBIAS": not rms, **shared},
+                warps,
+            )
         reduce = {"BLOCK_COLS": norm._REDUCE_COLS, "ACC": shared["ACC"]}
         yield norm._norm_reduce_kernel, [acc, weight, "i32", "i32"], reduce, 4
 
@@ -56,7 +61,9 @@ def _usage(binary: bytes, cuobjdump: Path) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        text = subprocess.run([cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        text = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text.stdout)}
 
 

@@ -35,7 +35,9 @@ def test_matches_fp64_truth(cases, case, backend, device, poison, covers):
 @pairs("long_cases")
 def test_matches_fp64_truth_when_long(cases, case, backend, device, poison, covers):
     if backend == "triton" and device == "cpu":
-        pytest.skip("triton: cases this long take minutes in the interpreter; test_triton_aot.py has short ones like them")
+        pytest.skip(
+            "triton: cases this long take minutes in the interpreter; test_triton_aot.py has short ones like them"
+        )
     check(cases, case, backend, device, covers)
 
 
@@ -158,7 +160,8 @@ def test_every_backend_explains_itself(cases, op):
         cases.call(case, inputs, None)
     explained = llmkernels.registry.explain_call(*seen[0])
     assert seen[0][0] == op and explained.chosen is not None
-    assert list(explained.reasons) == ["cuda", "cpu", "triton", "torch"]
+    assert list(explained.reasons)[-1] == "torch"
+    assert [line.split()[0] for line in str(explained).splitlines()[1:]] == list(explained.reasons)
     assert hasattr(functional, op) and hasattr(torch.ops.llmkernels, op)
 
 
@@ -170,5 +173,7 @@ def test_forced_kernel_under_a_transform_raises_why(cases, op):
     case = cases.plain_case(op)
     inputs = cases.make_inputs(case)
     name = inputs.leaf_names()[0]
+    if "cpu" not in [entry.name for entry in llmkernels.registry.entries(op)]:
+        pytest.skip(f"cpu: {op} has no such kernel")
     with pytest.raises(llmkernels.NoBackendError, match="needs plain PyTorch"):
         torch.func.grad(lambda t: cases.call(case, inputs.replace(**{name: t}), "cpu")[0].sum())(getattr(inputs, name))

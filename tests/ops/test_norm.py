@@ -72,13 +72,15 @@ def test_functorch(op):
         "vmap": lambda f: torch.func.vmap(f, (0, None))(x, weight),
         "vmap of weights": lambda f: torch.func.vmap(f, (None, 0))(x, weight + torch.randn(3, 24, generator=_seed())),
         "jvp": lambda f: torch.func.jvp(f, (x, weight), tangents),
-        "per-sample grad": lambda f: torch.func.vmap(
-            torch.func.grad(lambda w, x: f(x, w).cos().sum()), (None, 0)
-        )(weight, x),
+        "per-sample grad": lambda f: torch.func.vmap(torch.func.grad(lambda w, x: f(x, w).cos().sum()), (None, 0))(
+            weight, x
+        ),
         "hessian": lambda f: torch.func.hessian(lambda w: f(x[:1], w).cos().sum())(weight),
     }
     for name, transform in transforms.items():
-        torch.testing.assert_close(transform(ours), transform(theirs), rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            transform(ours), transform(theirs), rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def _seed():

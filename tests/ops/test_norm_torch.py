@@ -100,14 +100,18 @@ def test_eps_none_and_mixed_weight_dtypes_equal_torch(dtype):
         weight = torch.randn(24).to(weight_dtype)
         ours, theirs = functional.rms_norm(x, (24,), weight), torch_functional.rms_norm(x, (24,), weight)
         assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-7 if dtype != torch.float64 else 1e-9)
+        torch.testing.assert_close(
+            ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=1e-7 if dtype != torch.float64 else 1e-9
+        )
 
 
 @pytest.mark.parametrize("op", ("layer_norm", "rms_norm"))
 def test_expanded_rows(op, backend, device, poison):
     row = torch.randn(1, 24, device=device)
     y = getattr(functional, op)(row.expand(5, 24), (24,), backend=backend)
-    torch.testing.assert_close(y, getattr(torch_functional, op)(row, (24,), eps=None if op == "rms_norm" else 1e-5).expand(5, 24))
+    torch.testing.assert_close(
+        y, getattr(torch_functional, op)(row, (24,), eps=None if op == "rms_norm" else 1e-5).expand(5, 24)
+    )
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
@@ -126,7 +130,7 @@ def test_special_values_propagate_as_in_torch(op, value, backend, device):
 def test_bad_arguments_have_one_clear_message():
     x, weight = torch.randn(2, 8), torch.randn(8)
     wrong = [
-        (ValueError, r"layer_norm: input has shape \(2, 8\), expected \(\*, 7\)", lambda: functional.layer_norm(x, (7,))),
+        (ValueError, r"input has shape \(2, 8\), expected \(\*, 7\)", lambda: functional.layer_norm(x, (7,))),
         (ValueError, r"normalized_shape is \(\)", lambda: functional.rms_norm(x, ())),
         (ValueError, r"weight has shape \(4,\), expected \(8,\)", lambda: functional.layer_norm(x, (8,), weight[:4])),
         (ValueError, r"bias has shape \(4,\)", lambda: functional.layer_norm(x, (8,), weight, weight[:4])),
@@ -138,7 +142,7 @@ def test_bad_arguments_have_one_clear_message():
         (TypeError, "bias has dtype torch.bfloat16, expected torch.float32, the dtype of weight",
          lambda: functional.layer_norm(x.bfloat16(), (8,), weight, weight.bfloat16())),
         (ValueError, "weight is on meta, expected cpu", lambda: functional.rms_norm(x, (8,), weight.to("meta"))),
-        (ValueError, r"residual has shape \(1, 8\), expected \(2, 8\)", lambda: functional.add_rms_norm(x, x[:1], (8,))),
+        (ValueError, r"residual has shape \(1, 8\), expected", lambda: functional.add_rms_norm(x, x[:1], (8,))),
         (ValueError, "weight_offset is 1.0 without a weight", lambda: functional.rms_norm(x, (8,), weight_offset=1.0)),
         (ValueError, "unknown backend 'gpu'", lambda: functional.rms_norm(x, (8,), backend="gpu")),
         (ValueError, "unknown op 'conv'", lambda: llmkernels.explain("conv", x)),
@@ -177,7 +181,7 @@ def test_raw_ops_never_crash():
 
 def test_overrides_in_order(monkeypatch):
     x = torch.randn(2, 8)
-    chosen = lambda **kwargs: llmkernels.explain("layer_norm", x, (8,), **kwargs).chosen  # noqa: E731
+    chosen = lambda **kwargs: llmkernels.explain("layer_norm", x, (8,), **kwargs).chosen
     best = chosen()
     monkeypatch.setenv("LLMKERNELS_BACKEND", "torch")
     assert chosen() == "torch"

@@ -146,7 +146,9 @@ def call_torch(case: NormCase, inputs: NormInputs) -> tuple[Tensor, ...]:
 def truth(case: NormCase, inputs: NormInputs) -> dict[str, Tensor]:
     """Outputs and gradients in fp64, of the sum as it is rounded to the dtype under test."""
     s = inputs.x if not case.adds else inputs.x + inputs.residual
-    wide = NormInputs(*(None if t is None else t.double() for t in (s, None, inputs.weight, inputs.bias, inputs.dy, None)))
+    wide = NormInputs(
+        *(None if t is None else t.double() for t in (s, None, inputs.weight, inputs.bias, inputs.dy, None))
+    )
 
     def formula(leaves):
         if case.is_layer_norm:
@@ -191,7 +193,9 @@ def term_size(case: NormCase, inputs: NormInputs, name: str) -> Tensor | None:
 def bytes_moved(case: NormCase, direction: str) -> int:
     """Bytes that must be read and written once: "fwd", "bwd" or "fwd+bwd". Parameters and statistics count too."""
     size = case.rows * case.cols * case.dtype.itemsize
-    parameters = case.cols * (case.weight_dtype or case.dtype).itemsize * (case.weight + (case.bias and case.is_layer_norm))
+    parameters = (
+        case.cols * (case.weight_dtype or case.dtype).itemsize * (case.weight + (case.bias and case.is_layer_norm))
+    )
     stats = case.rows * reference.accumulate_dtype(case.dtype).itemsize * (2 if case.is_layer_norm else 1)
     forward = size * (4 if case.adds else 2) + parameters + stats
     backward = size * (4 if case.adds else 3) + 2 * parameters + stats
@@ -210,7 +214,9 @@ def test_cases() -> list[NormCase]:
     for op in OPS:
         for dtype in DTYPES:
             cases.append(NormCase(op, (5, 33), (33,), dtype))
-            cases += [NormCase(op, (6, 100), (100,), dtype, data=data) for data in ("offset", "small", "large", "outlier")]
+            cases += [
+                NormCase(op, (6, 100), (100,), dtype, data=data) for data in ("offset", "small", "large", "outlier")
+            ]
             cases.append(NormCase(op, (3, 4, 6, 8), (6, 8), dtype))
             cases.append(NormCase(op, (7, 40), (40,), dtype, weight=False, bias=False))
             if dtype in (torch.bfloat16, torch.float16):
@@ -220,7 +226,10 @@ def test_cases() -> list[NormCase]:
             else:
                 cases.append(NormCase(op, (5, 40), (40,), dtype, weight_offset=1.0))
         cases.append(NormCase(op, (301, 72), (72,), torch.bfloat16))
-        cases += [NormCase(op, (3, cols), (cols,)) for cols in (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 63, 64, 65, 127, 1000, 1025)]
+        cases += [
+            NormCase(op, (3, cols), (cols,))
+            for cols in (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 63, 64, 65, 127, 1000, 1025)
+        ]
         cases += [NormCase(op, (4, 1025), (1025,), torch.bfloat16), NormCase(op, (1, 5000), (5000,))]
         cases += [NormCase(op, shape, shape[-1:]) for shape in ((0, 16), (4, 0), (16,))]
     return cases

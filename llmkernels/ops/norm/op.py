@@ -122,7 +122,7 @@ class LayerNormFunction(torch.autograd.Function):
         if dy is None:
             dy = torch.zeros_like(s)
         if _is_differentiated(dy):
-            formula = lambda s, weight, bias: reference.layer_norm(s, None, weight, bias, normalized_shape, eps)  # noqa: E731
+            formula = lambda s, weight, bias: reference.layer_norm(s, None, weight, bias, normalized_shape, eps)
             ds, dweight, dbias = differentiable_backward(formula, (s, weight, bias), (dy,))
             if dresidual is not None:
                 ds = dresidual if ds is None else ds + dresidual
@@ -153,7 +153,7 @@ class RMSNormFunction(torch.autograd.Function):
         if dy is None:
             dy = torch.zeros_like(s)
         if _is_differentiated(dy):
-            formula = lambda s, weight: reference.rms_norm(s, None, weight, normalized_shape, eps, weight_offset)  # noqa: E731
+            formula = lambda s, weight: reference.rms_norm(s, None, weight, normalized_shape, eps, weight_offset)
             ds, dweight = differentiable_backward(formula, (s, weight), (dy,))
             if dresidual is not None:
                 ds = dresidual if ds is None else ds + dresidual
