@@ -43,7 +43,7 @@ lint: $(DEPS)
 
 # AddressSanitizer and UndefinedBehaviorSanitizer: modules of their own, in a copy of the tree.
 sanitize: $(DEPS)
-	PY="$(abspath $(PY))" sh scripts/sanitize.sh
+	PY="$(abspath $(PY))" ARGS="$(ARGS)" sh scripts/sanitize.sh
 
 new-op: build
 	$(PY) scripts/new_op.py $(NAME)

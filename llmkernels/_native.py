@@ -48,5 +48,6 @@ def module(name: str) -> ModuleType | None:
 
 def why_absent(name: str) -> str | None:
     """None if the compiled module "cpu" or "cuda" is loaded, else one sentence."""
-    module(name)
+    if name not in _loaded:
+        _loaded[name] = _load(name)
     return _loaded[name][1]

@@ -66,16 +66,24 @@ def lazy_triton(module: str, names: tuple[str, ...]) -> None:
 # --- what every op's backends refuse ---------------------------------------------------------------------------------
 
 
+# Every call asks these, most of them about CPU tensors: the common answers are constants, since formatting one takes as
+# long as all the rest of the choice.
+
+
 def _transform_reason() -> str | None:
     if transform_active():
         return "a torch.func transform or forward-mode AD is active, which needs plain PyTorch"
     return None
 
 
+def _not_cuda(x: torch.Tensor) -> str:
+    return "input is on the CPU, not on a CUDA device" if x.is_cpu else f"input is on {x.device}, not on a CUDA device"
+
+
 def cuda_why_not(x: torch.Tensor, *_: torch.Tensor | None) -> str | None:
     """Why the CUDA C++ kernels cannot run on the device of `x`, or None."""
-    if x.device.type != "cuda":
-        return f"input is on {x.device}, not on a CUDA device"
+    if not x.is_cuda:
+        return _not_cuda(x)
     return _native.why_absent("cuda") or _too_old(x.device) or _transform_reason()
 
 
@@ -88,7 +96,7 @@ def _too_old(device: torch.device) -> str | None:
 
 def cpu_why_not(x: torch.Tensor, *_: torch.Tensor | None) -> str | None:
     """Why the native CPU kernels cannot run on the device of `x`, or None."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"input is on {x.device}, not on the CPU"
     return _native.why_absent("cpu") or _transform_reason()
 
@@ -103,11 +111,11 @@ def triton_absent() -> str | None:
 
 def triton_why_not(x: torch.Tensor, *_: torch.Tensor | None) -> str | None:
     """Why the Triton kernels cannot run on the device of `x`, or None."""
-    if x.device.type == "cpu":
+    if x.is_cpu:
         if os.environ.get("TRITON_INTERPRET", "0") != "1":
             return "input is on the CPU, where Triton runs only under TRITON_INTERPRET=1"
-    elif x.device.type != "cuda":
-        return f"input is on {x.device}, not on a CUDA device"
+    elif not x.is_cuda:
+        return _not_cuda(x)
     return triton_absent() or _transform_reason()
 
 

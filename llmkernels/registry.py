@@ -101,11 +101,18 @@ def forced_backend(argument: str | None = None) -> str | None:
     """The backend forced on this call, if any: the argument, then `use_backend`, then LLMKERNELS_BACKEND."""
     if argument is not None:
         return checked_name(argument, "backend")
-    inner = _forced.name
-    if inner is not None:
-        return inner
-    environment = os.environ.get("LLMKERNELS_BACKEND")
+    if _forced.name is not None:
+        return _forced.name
+    environment = _environment("LLMKERNELS_BACKEND")
     return checked_name(environment, "LLMKERNELS_BACKEND") if environment else None
+
+
+def _environment(name: str) -> str | None:
+    """`os.environ.get(name)` as it is now; ten times as fast for a name that is absent."""
+    stored = getattr(os.environ, "_data", None)
+    if stored is not None and os.name == "posix" and name.encode() not in stored:
+        return None
+    return os.environ.get(name)
 
 
 def pick(op: str, tensors: tuple, backend: str | None = None) -> Backend:
@@ -122,8 +129,12 @@ def pick(op: str, tensors: tuple, backend: str | None = None) -> Backend:
             if refusals and entry.name == "torch":
                 _report_fallback(op, tensors, refusals)
             return entry
-        refusals.append(f"{entry.name}: {reason}")
-    raise NoBackendError(f"{op}: backend {forced!r} cannot run this call: {'; '.join(refusals) or 'not registered'}")
+        refusals.append((entry.name, reason))
+    raise NoBackendError(f"{op}: backend {forced!r} cannot run this call: {_sentence(refusals) or 'not registered'}")
+
+
+def _sentence(refusals: list[tuple[str, str]]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in refusals)
 
 
 def explain_call(op: str, tensors: tuple, backend: str | None = None) -> Explanation:
@@ -158,11 +169,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.name = before
 
 
-def _report_fallback(op: str, tensors: tuple, refusals: list[str]) -> None:
+def _report_fallback(op: str, tensors: tuple, refusals: list[tuple[str, str]]) -> None:
     """Falling to `torch` on a GPU costs speed silently: say so once for each op and reason."""
-    if tensors[0].device.type != "cuda":
+    if not tensors[0].is_cuda:
         return
-    text = "; ".join(refusals)
+    text = _sentence(refusals)
     if (op, text) not in _reported:
         _reported.add((op, text))
         _log.warning("%s runs on the torch backend: %s", op, text)

@@ -30,7 +30,7 @@ def script(code: str, **environment: str) -> str:
 
 
 @cpu
-@pytest.mark.parametrize("isa", ("default", "avx2", "avx512"))
+@pytest.mark.parametrize("isa", ("default", "avx2", "avx512", "avx512_bf16"))
 def test_every_instruction_set(isa):
     """Resolved once in a process, so each gets its own."""
     if isa not in _native.module("cpu").available_isas():
@@ -61,7 +61,7 @@ def test_unknown_instruction_set_is_a_clear_error():
         """,
         LLMKERNELS_ISA="sse9",
     )
-    assert "LLMKERNELS_ISA: unknown instruction set 'sse9', expected one of default, avx2, avx512" in out
+    assert "LLMKERNELS_ISA: unknown instruction set 'sse9', expected one of default, avx2, avx512, avx512_bf16" in out
     with pytest.raises(ValueError, match="force_isa: unknown instruction set"):
         _native.module("cpu").force_isa("sse9")
 
@@ -169,7 +169,7 @@ def test_more_than_two_to_the_31_elements(op):
 
 @cpu
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("isa", ("default", "avx2", "avx512"))
+@pytest.mark.parametrize("isa", ("default", "avx2", "avx512", "avx512_bf16"))
 def test_all_16_bit_inputs_through_load_and_store(dtype, isa):
     """The residual of an add is a pure elementwise sum: every bit pattern plus zero comes back as it was."""
     module = _native.module("cpu")

@@ -146,7 +146,7 @@ def test_bad_arguments_have_one_clear_message():
         (ValueError, "weight_offset is 1.0 without a weight", lambda: functional.rms_norm(x, (8,), weight_offset=1.0)),
         (ValueError, "unknown backend 'gpu'", lambda: functional.rms_norm(x, (8,), backend="gpu")),
         (ValueError, "unknown op 'conv'", lambda: llmkernels.explain("conv", x)),
-        (llmkernels.NoBackendError, "cuda: input is on cpu", lambda: functional.rms_norm(x, (8,), backend="cuda")),
+        (llmkernels.NoBackendError, "cuda: input is on the CPU", lambda: functional.rms_norm(x, (8,), backend="cuda")),
     ]  # fmt: skip
     for error, message, call in wrong:
         with pytest.raises(error, match=message):

@@ -9,7 +9,7 @@
 namespace llmkernels::cpu {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"default", "avx2", "avx512"};
+constexpr const char* kNames[kIsaCount] = {"default", "avx2", "avx512", "avx512_bf16"};
 
 bool runs_here(Isa isa) {
 #if defined(LLMKERNELS_HAS_AVX512)
@@ -21,6 +21,8 @@ bool runs_here(Isa isa) {
     case Isa::kAvx512:
       return runs_here(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    case Isa::kAvx512Bf16:
+      return runs_here(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
   }
   return false;
 #else
@@ -36,13 +38,14 @@ Isa parse(const std::string& name, const char* source) {
                                 "' was not built or cannot run on this CPU");
   }
   throw std::invalid_argument(std::string(source) + ": unknown instruction set '" + name +
-                              "', expected one of default, avx2, avx512");
+                              "', expected one of default, avx2, avx512, avx512_bf16");
 }
 
 Isa choose() {
   const char* forced = std::getenv("LLMKERNELS_ISA");
   if (forced != nullptr && *forced != '\0') return parse(forced, "LLMKERNELS_ISA");
   const std::string torch = at::get_cpu_capability();
+  if (torch == "AVX512" && runs_here(Isa::kAvx512Bf16)) return Isa::kAvx512Bf16;
   if (torch == "AVX512" && runs_here(Isa::kAvx512)) return Isa::kAvx512;
   if (torch != "DEFAULT" && runs_here(Isa::kAvx2)) return Isa::kAvx2;
   return Isa::kDefault;

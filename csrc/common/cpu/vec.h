@@ -60,16 +60,39 @@ inline Vec<Acc> splat(Acc value) {
 
 // --- 16-bit floats ---
 
-inline FloatVector widen(UInt16Half bits, BFloat16) {
-  return bit_cast<FloatVector>(__builtin_convertvector(bits, UInt32Vector) << 16);
+// gcc 12 converts vectors in halves where one instruction would do.
+inline UInt32Vector zero_extend(UInt16Half bits) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return bit_cast<UInt32Vector>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(bits)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return bit_cast<UInt32Vector>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
+#else
+  return __builtin_convertvector(bits, UInt32Vector);
+#endif
 }
+
+inline FloatVector widen(UInt16Half bits, BFloat16) { return bit_cast<FloatVector>(zero_extend(bits) << 16); }
 
 // Round to nearest even. Only a NaN is cut instead, or the carry could turn it into a number; its upper bits say that
 // it is one, since every value stored here comes out of arithmetic, which makes NaNs quiet.
 inline UInt16Half narrow(FloatVector value, BFloat16) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+  // The instruction takes denormals for zero, whatever the mode of the processor is.
+  const __mmask16 denormal = _mm512_fpclass_ps_mask(bit_cast<__m512>(value), 0x20);
+  if (__builtin_expect(denormal == 0, 1)) return bit_cast<UInt16Half>(_mm512_cvtneps_pbh(bit_cast<__m512>(value)));
+#endif
   const UInt32Vector bits = bit_cast<UInt32Vector>(value);
   const UInt32Vector rounded = bits + (((bits >> 16) & 1u) + 0x7fffu);
-  return __builtin_convertvector(((value == value) ? rounded : bits) >> 16, UInt16Half);
+  const UInt32Vector kept = ((value == value) ? rounded : bits) >> 16;
+#if defined(CPU_CAPABILITY_AVX512)
+  return bit_cast<UInt16Half>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(kept)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  // packus works within halves of a register; the permutation puts its quarters in order.
+  const __m256i packed = _mm256_packus_epi32(bit_cast<__m256i>(kept), bit_cast<__m256i>(kept));
+  return bit_cast<UInt16Half>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0xd8)));
+#else
+  return __builtin_convertvector(kept, UInt16Half);
+#endif
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
@@ -143,16 +166,38 @@ inline void store(T* to, Vec<AccOf<T>> value) {
 // The first `count` < kLanes elements; the other lanes are zero.
 template <class T>
 inline Vec<AccOf<T>> load_tail(const T* from, int count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const uint32_t mask = (1u << count) - 1u;
+  if constexpr (std::is_same_v<T, double>) {
+    return bit_cast<DoubleVector>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from));
+  } else if constexpr (std::is_same_v<T, float>) {
+    return bit_cast<FloatVector>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from));
+  } else {
+    return widen(bit_cast<UInt16Half>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from)), T{});
+  }
+#else
   T buffer[kLanes<AccOf<T>>] = {};
   for (int i = 0; i < count; ++i) buffer[i] = from[i];
   return load(buffer);
+#endif
 }
 
 template <class T>
 inline void store_tail(T* to, Vec<AccOf<T>> value, int count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const uint32_t mask = (1u << count) - 1u;
+  if constexpr (std::is_same_v<T, double>) {
+    _mm512_mask_storeu_pd(to, static_cast<__mmask8>(mask), bit_cast<__m512d>(value));
+  } else if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), bit_cast<__m512>(value));
+  } else {
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(mask), bit_cast<__m256i>(narrow(value, T{})));
+  }
+#else
   T buffer[kLanes<AccOf<T>>];
   store(buffer, value);
   for (int i = 0; i < count; ++i) to[i] = buffer[i];
+#endif
 }
 
 // `value` in the first `count` lanes, zero in the others.
@@ -201,19 +246,24 @@ inline void for_each_vector(int64_t begin, int64_t end, F&& f) {
   if (j < end) f(j, Tail{static_cast<int>(end - j)});
 }
 
-// --- horizontal sum, always in the same order ---
+// --- horizontal sum, always in the same order: halves are added until one lane is left ---
+
+template <class Acc, int kWidth>
+inline Acc sum_lanes(Vec<Acc> value) {
+  if constexpr (kWidth == 1) {
+    return value[0];
+  } else {
+    using Index = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>;
+    typedef Index Indices __attribute__((vector_size(kVectorBytes)));
+    Indices upper{};
+    for (int i = 0; i < kWidth / 2; ++i) upper[i] = i + kWidth / 2;
+    return sum_lanes<Acc, kWidth / 2>(value + __builtin_shuffle(value, upper));
+  }
+}
 
 template <class Acc>
 inline Acc sum(Vec<Acc> value) {
-  Acc lanes[kLanes<Acc>];
-  __builtin_memcpy(lanes, &value, sizeof(value));
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 8
-#endif
-  for (int half = kLanes<Acc> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  return sum_lanes<Acc, kLanes<Acc>>(value);
 }
 
 }  // namespace

@@ -1,21 +1,15 @@
 // The CPU kernels of the norm family, over a range of rows, blocks or columns; the caller owns the threads.
 #pragma once
 
+#include "common/cpu/declare.h"
 #include "ops/norm/norm.h"
 
 namespace llmkernels::cpu {
 
-#define LLMKERNELS_DECLARE_NORM(isa)                                                                    \
-  namespace isa {                                                                                       \
-  void norm_fwd(const NormFwdParams& params, int64_t row_begin, int64_t row_end);                       \
-  void norm_bwd(const NormBwdParams& params, int64_t block, int64_t row_begin, int64_t row_end);        \
-  void norm_bwd_reduce(const NormBwdParams& params, int64_t column_begin, int64_t column_end);          \
-  }
-
-LLMKERNELS_DECLARE_NORM(DEFAULT)
-LLMKERNELS_DECLARE_NORM(AVX2)
-LLMKERNELS_DECLARE_NORM(AVX512)
-#undef LLMKERNELS_DECLARE_NORM
+LLMKERNELS_CPU_DECLARE(
+    void norm_fwd(const NormFwdParams& params, int64_t row_begin, int64_t row_end);
+    void norm_bwd(const NormBwdParams& params, int64_t block, int64_t row_begin, int64_t row_end);
+    void norm_bwd_reduce(const NormBwdParams& params, int64_t column_begin, int64_t column_end);)
 
 // Into how many blocks of rows the backward is cut. Each block sums dweight and dbias in row order into its own
 // partial row, and norm_bwd_reduce adds the partial rows in block order. The number depends on the shape alone, so

@@ -2,8 +2,6 @@
 // memory. Only the device differs, and who runs the params.
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include <array>
 #include <tuple>
 
@@ -92,11 +90,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_fwd_call(
   b = widened(b, x, shape.rows >= widen_rows);
 
   const at::TensorOptions options = x.options();
-  at::Tensor y = at::empty(shape.sizes, options.memory_format(at::MemoryFormat::Contiguous));
-  at::Tensor new_residual = at::empty(residual != nullptr ? shape.sizes : at::IntArrayRef{0}, options);
+  at::Tensor y = empty(shape.sizes, options);
+  at::Tensor new_residual = empty(residual != nullptr ? shape.sizes : at::IntArrayRef{0}, options);
   const at::TensorOptions acc = options.dtype(norm_acc(x));
-  at::Tensor mean = kind == NormKind::kLayerNorm ? at::empty(shape.stats_sizes, acc) : at::Tensor();
-  at::Tensor rstd = at::empty(shape.stats_sizes, acc);
+  at::Tensor mean = kind == NormKind::kLayerNorm ? empty(shape.stats_sizes, acc) : at::Tensor();
+  at::Tensor rstd = empty(shape.stats_sizes, acc);
 
   p.x = x_rows.data();
   p.residual = residual_rows.data();
@@ -144,9 +142,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_bwd_call(
 
   const at::TensorOptions options = x.options();
   const at::TensorOptions parameter = w.defined() ? w.options() : options;
-  at::Tensor dx = at::empty(wanted[0] ? shape.sizes : at::IntArrayRef{0}, options);
-  at::Tensor dweight = wanted[1] ? at::empty(shape.normalized, parameter) : at::empty({0}, options);
-  at::Tensor dbias = wanted[2] ? at::empty(shape.normalized, parameter) : at::empty({0}, options);
+  at::Tensor dx = empty(wanted[0] ? shape.sizes : at::IntArrayRef{0}, options);
+  at::Tensor dweight = wanted[1] ? empty(shape.normalized, parameter) : empty({0}, options);
+  at::Tensor dbias = wanted[2] ? empty(shape.normalized, parameter) : empty({0}, options);
 
   p.dy = dy_rows.data();
   p.dresidual = dresidual_rows.data();
@@ -169,7 +167,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_bwd_call(
   const auto make_partial = [&](int64_t blocks) {
     p.partial_blocks = blocks;
     const int64_t sums = static_cast<int64_t>(wanted[1]) + static_cast<int64_t>(wanted[2]);
-    workspace = at::empty({sums * blocks * p.cols}, options.dtype(norm_acc(x)));
+    workspace = empty({sums * blocks * p.cols}, options.dtype(norm_acc(x)));
     p.partial = workspace.data_ptr();
   };
   if (p.cols > 0) run(p, make_partial);

@@ -182,14 +182,14 @@ def _checked_shape(op: str, x: Tensor, normalized_shape: Sequence[int]) -> tuple
     shape = tuple(normalized_shape)
     if not shape:
         raise ValueError(f"{op}: normalized_shape is (), expected at least one dimension")
-    if tuple(x.shape[-len(shape) :]) != shape:
+    if x.shape[-len(shape) :] != shape:
         raise ValueError(f"{op}: input has shape {tuple(x.shape)}, expected (*, {', '.join(map(str, shape))})")
     return shape
 
 
 def _check_tensor(op: str, name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], shape_name: str) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {shape} = {shape_name}")
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} = {shape_name}")
     if tensor.device != x.device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device}, the device of input")
     if tensor.dtype not in FLOAT_DTYPES:
@@ -206,7 +206,7 @@ def _prepare(op, x, residual, weight, bias, normalized_shape):
         raise TypeError(f"{op}: input has dtype {x.dtype}, expected one of {_dtype_names()}")
     shape = _checked_shape(op, x, normalized_shape)
     if residual is not None:
-        _check_tensor(op, "residual", residual, x, tuple(x.shape), "input.shape")
+        _check_tensor(op, "residual", residual, x, x.shape, "input.shape")
     if weight is not None:
         _check_tensor(op, "weight", weight, x, shape, "normalized_shape")
     if bias is not None:
@@ -224,9 +224,10 @@ def _prepare(op, x, residual, weight, bias, normalized_shape):
 
 def _layer_norm(op, x, residual, normalized_shape, weight, bias, eps, backend):
     x, residual, weight, bias, shape = _prepare(op, x, residual, weight, bias, normalized_shape)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.dtype != x.dtype:
-            _check_mixed_dtype(op, name, parameter, x)
+    if weight is not None and weight.dtype != x.dtype:
+        _check_mixed_dtype(op, "weight", weight, x)
+    if bias is not None and bias.dtype != x.dtype:
+        _check_mixed_dtype(op, "bias", bias, x)
     if bias is not None:
         if weight is None:
             weight = torch.ones_like(bias)

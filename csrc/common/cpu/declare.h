@@ -1,0 +1,10 @@
+// For the headers of CPU kernels, which the sources that are compiled once per instruction set include too: nothing of
+// the standard library, whose inline functions would become weak symbols of that instruction set.
+#pragma once
+
+// Declares something in the namespace of every instruction set that a kernel may be compiled for.
+#define LLMKERNELS_CPU_DECLARE(...)   \
+  namespace DEFAULT { __VA_ARGS__ }     \
+  namespace AVX2 { __VA_ARGS__ }        \
+  namespace AVX512 { __VA_ARGS__ }      \
+  namespace AVX512_BF16 { __VA_ARGS__ }
