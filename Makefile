@@ -1,5 +1,6 @@
 # One word per intention. Each of `make demo` and `make test` does all the set-up by itself; a second run takes seconds.
-#   make demo | test [OP=layer_norm] [BACKEND=cpu] | bench | build | fmt | lint | sanitize | new-op NAME=x | clean
+#   make demo | test [OP=layer_norm] [BACKEND=cpu] | bench | tables | build | fmt | lint | sanitize
+#   new-op NAME=x | clean
 #   VENV=none PYTHON=python3   the interpreter as it is: no virtual environment, no pip, no network
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,9 +14,9 @@ else
 endif
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test bench build fmt lint sanitize new-op clean help
+.PHONY: demo test bench tables build fmt lint sanitize new-op clean help
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 demo: build
 	$(PY) -m llmkernels.cli demo $(ARGS)
@@ -25,6 +26,10 @@ test: build
 
 bench: build
 	$(PY) benchmarks/run.py $(ARGS)
+
+# The tables of README.md, from the measurements under benchmarks/results.
+tables: $(DEPS)
+	$(PY) benchmarks/tables.py
 
 build: $(DEPS)
 	@$(PY) setup.py -q build_ext --inplace

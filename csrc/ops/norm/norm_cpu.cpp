@@ -208,8 +208,9 @@ inline RowFactors<AccOf<T>> row_factors(const NormBwdParams& p, int64_t row) {
           static_cast<Acc>(-sums.b / cols * static_cast<double>(rstd))};
 }
 
-// dx of one row, and its terms of dweight and dbias added to the sums of the block. Rows go one after the other: taking
-// four at a time, so that the sums are read and written once for all of them, was slower (see fwd_rows).
+// dx of one row, and its terms of dweight and dbias added to the sums of the block. Two rows at a time, so that the sums
+// are read and written half as often, gained 5 % in the second-level cache and took 1.5 times as long from memory (Zen 5,
+// 4096 x 1024): the prefetcher follows one stream of stores, not two.
 template <class T, class W, bool kRms, bool kWeight>
 inline void bwd_row(const NormBwdParams& p, int64_t row, AccOf<T>* dweight, AccOf<T>* dbias) {
   using Acc = AccOf<T>;

@@ -1,0 +1,48 @@
+"""What is written for people is true: the tables of results, the code in README, the names in the public surface."""
+
+import re
+
+import pytest
+import torch
+
+import llmkernels
+from benchmarks import tables
+from llmkernels import functional, nn, registry
+from tests.tree import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_tables_are_made_from_the_measurements():
+    assert tables.TABLE.search(README), "README.md has no table of results"
+    assert tables.filled(README) == README, "run `make tables`"
+
+
+def test_python_code_in_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_every_op_and_module_is_in_readme():
+    for name in (*registry.ops(), *functional.__all__, *nn.__all__):
+        assert f"`{name}" in README or f".{name}" in README, f"README.md does not mention {name}"
+
+
+@pytest.mark.parametrize("module", (llmkernels, functional, nn, llmkernels.autograd), ids=lambda module: module.__name__)
+def test_public_names_exist_and_are_documented(module):
+    for name in module.__all__:
+        thing = getattr(module, name)
+        assert thing.__doc__ and len(thing.__doc__) > 40, f"{module.__name__}.{name} has no docstring"
+
+
+def test_functional_signatures_begin_like_torchs():
+    import inspect
+
+    for name in ("layer_norm", "rms_norm"):
+        ours = list(inspect.signature(getattr(functional, name)).parameters.values())
+        theirs = inspect.signature(getattr(torch.nn.functional, name)).parameters.values()
+        for mine, other in zip(ours, theirs, strict=False):
+            assert (mine.name, mine.default) == (other.name, other.default)
+        assert all(mine.kind is mine.KEYWORD_ONLY for mine in ours[len(theirs) :])
