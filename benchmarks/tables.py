@@ -21,7 +21,9 @@ def _milliseconds(value: float) -> str:
 def table(document: dict) -> str:
     """The measurements of `llmkernels bench --json` as a Markdown table: the fastest of our backends beside its peers."""
     facts = document["machine"]
-    where = facts["gpu"] if facts["device"] == "cuda" else f"{facts['cpu']} ({facts['isa']}), {facts['threads']} thread(s)"
+    where = (
+        facts["gpu"] if facts["device"] == "cuda" else f"{facts['cpu']} ({facts['isa']}), {facts['threads']} thread(s)"
+    )
     cache = "cold" if facts["cold"] else "warm"
     lines = [
         f"Measured {facts['date']} on {where}, torch {facts['torch']}, {cache}; ms unless said, median of rounds in turns.",

@@ -37,8 +37,18 @@ def absent(backend: str) -> str | None:
     if backend == "cuda":
         return _native.why_absent("cuda") or (None if torch.cuda.is_available() else "no CUDA device")
     if backend == "triton":
-        return _op.triton_absent()
+        return _op.triton_absent() or (None if torch.cuda.is_available() else _interpreter_broken())
     return _native.why_absent("cpu") if backend == "cpu" else None
+
+
+def _interpreter_broken() -> str | None:
+    import numpy
+    import triton
+
+    versions = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        return f"the interpreter of triton {triton.__version__} cannot run loops with numpy {numpy.__version__}"
+    return None
 
 
 @pytest.fixture(params=registry.BACKENDS)

@@ -30,7 +30,9 @@ def test_every_op_and_module_is_in_readme():
         assert f"`{name}" in README or f".{name}" in README, f"README.md does not mention {name}"
 
 
-@pytest.mark.parametrize("module", (llmkernels, functional, nn, llmkernels.autograd), ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", (llmkernels, functional, nn, llmkernels.autograd), ids=lambda module: module.__name__
+)
 def test_public_names_exist_and_are_documented(module):
     for name in module.__all__:
         thing = getattr(module, name)

@@ -10,6 +10,7 @@ import pytest
 
 from llmkernels.ops.norm import cases
 from llmkernels.testing.battery import failures, judge
+from tests.conftest import absent
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton: not installed")
 
@@ -41,6 +42,8 @@ def test_no_spills_and_shared_memory_within_limits(compiled):
 @pytest.mark.parametrize("op", cases.OPS)
 def test_chunked_rows(op, data, monkeypatch):
     """Rows longer than a block, which is made small here: the interpreter is slow."""
+    if absent("triton"):
+        pytest.skip(f"triton: {absent('triton')}")
     from llmkernels.ops.norm import triton_kernels
 
     monkeypatch.setattr(triton_kernels, "MAX_BLOCK", 32)
