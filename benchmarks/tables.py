@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
+PEERS = ("torch eager", "torch.compile", "ONNX Runtime")
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -19,22 +20,22 @@ def _milliseconds(value: float) -> str:
 
 
 def table(document: dict) -> str:
-    """The measurements of `llmkernels bench --json` as a Markdown table: the fastest of our backends beside its peers."""
+    """The measurements of `llmkernels bench --json` in Markdown: the fastest of our backends beside its peers."""
     facts = document["machine"]
     where = (
         facts["gpu"] if facts["device"] == "cuda" else f"{facts['cpu']} ({facts['isa']}), {facts['threads']} thread(s)"
     )
     cache = "cold" if facts["cold"] else "warm"
     lines = [
-        f"Measured {facts['date']} on {where}, torch {facts['torch']}, {cache}; ms unless said, median of rounds in turns.",
+        f"{facts['date']}, {where}, torch {facts['torch']}, {cache} caches; ms unless said, medians.",
         "",
-        "| case | | backend | ours | torch eager | torch.compile | times the best peer | of copy speed |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| case | | backend | ours | {' | '.join(PEERS)} | times the best peer | of copy speed |",
+        "|---" * (6 + len(PEERS)) + "|",
     ]
     for result in document["results"]:
         times = {name: value["median"] for name, value in result["candidates"].items()}
         ours = min(result["ratios"], key=lambda name: times[name])
-        peers = [_milliseconds(times[name]) if name in times else "-" for name in ("torch eager", "torch.compile")]
+        peers = [_milliseconds(times[name]) if name in times else "-" for name in PEERS]
         copy = f"{result['copy_ms'] / times[ours]:.0%}" if result["copy_ms"] else "-"
         row = (result["case"], result["mode"], ours, _milliseconds(times[ours]), *peers)
         lines.append(f"| {' | '.join(row)} | **{result['ratios'][ours]:.2f}x** | {copy} |")

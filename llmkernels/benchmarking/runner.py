@@ -91,6 +91,8 @@ def measure(cases, bench, case, mode: str, device: str, *, seconds: float, compi
         if problems and name in registry.BACKENDS:
             wrong[name] = "; ".join(problems)
             del functions[name]
+    if mode != "fwd+bwd":
+        functions |= _right(cases, case, inputs, bench.forward_peers(case, device), wrong)
     size = cases.bytes_moved(case, "fwd" if mode == "call" else mode)
     sets = _input_sets(cases, case, device, size if cold else 0)
     timed = {name: _timed(mode, function, sets) for name, function in functions.items()}
@@ -109,6 +111,20 @@ def measure(cases, bench, case, mode: str, device: str, *, seconds: float, compi
     ratios = {name: ratio(times[best], times[name]) for name in results if name in registry.BACKENDS}
     dtype = str(case.dtype).removeprefix("torch.")
     return Measured(str(case), case.op, mode, dtype, size, results, wrong, copy, best, ratios)
+
+
+def _right(cases, case, inputs, functions: dict, wrong: dict[str, str]) -> dict:
+    """Those of `functions`, which have no backward, that agree with plain PyTorch; a sentence for each other one."""
+    right = {}
+    with torch.no_grad():
+        expected = cases.call_torch(case, inputs)
+        for name, function in functions.items():
+            try:
+                torch.testing.assert_close(function(inputs), expected, rtol=1e-4, atol=1e-4)
+                right[name] = function
+            except AssertionError as error:
+                wrong[name] = str(error).splitlines()[0]
+    return right
 
 
 def _input_sets(cases, case, device: str, size: int) -> Iterator:

@@ -2,6 +2,7 @@
 
 import torch
 
+from llmkernels.benchmarking import onnx_peer
 from llmkernels.ops.norm import cases
 from llmkernels.ops.norm.cases import NormCase
 
@@ -25,3 +26,22 @@ def peers(case: NormCase) -> dict:
     torch._dynamo.reset()
     compiled = torch.compile(lambda inputs: cases.call_torch(case, inputs))
     return {"torch eager": lambda inputs: cases.call_torch(case, inputs), "torch.compile": compiled}
+
+
+def forward_peers(case: NormCase, device: str) -> dict:
+    """As `peers`, without a backward: ONNX Runtime's fused operators, where it is installed."""
+    if not onnx_peer.AVAILABLE or device != "cpu" or case.dtype != torch.float32:
+        return {}
+    inputs = cases.make_inputs(case)
+    kind = "LayerNormalization" if case.is_layer_norm else "SimplifiedLayerNormalization"
+
+    def tensors(inputs):
+        given = (inputs.x, inputs.residual, inputs.weight, inputs.bias)
+        return tuple(tensor for tensor in given if tensor is not None)
+
+    if case.adds:
+        outputs, settings = ("y", "", "", "new_residual"), {"domain": "com.microsoft"}
+        run = onnx_peer.operator(f"Skip{kind}", tensors(inputs), outputs, epsilon=case.eps, **settings)
+    else:
+        run = onnx_peer.operator(kind, tensors(inputs), ("y",), axis=-1, epsilon=case.eps)
+    return {"ONNX Runtime": lambda inputs: run(*tensors(inputs))}
