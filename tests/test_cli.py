@@ -41,7 +41,7 @@ def test_bench_writes_what_it_measured(tmp_path, capsys):
     document = json.loads(out.read_text())
     assert {result["mode"] for result in document["results"]} == {"fwd", "fwd+bwd", "call"}
     for result in document["results"]:
-        assert result["wrong"] == {} and result["best_peer"] == "torch eager"
+        assert result["wrong"] == {} and result["best_peer"] in result["candidates"]
         assert all(times["median"] > 0 for times in result["candidates"].values())
     assert document["machine"]["threads"] == 1 and document["machine"]["torch"]
     assert out.with_suffix(".png").stat().st_size > 1000
