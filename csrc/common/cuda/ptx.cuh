@@ -44,8 +44,8 @@ __device__ inline void cp_async_wait() {
 
 // ---- "ldmatrix", "stmatrix": 8x8 tiles of 16-bit elements between shared memory and the registers of a warp ----
 //
-// Lanes 8q .. 8q+7 give the row addresses of tile q, each aligned to 16 bytes. A lane holds, of tile q, row lane / 4 and
-// columns 2 * (lane % 4) + {0, 1}; the transposed forms exchange row and column.
+// Lanes 8q .. 8q+7 give the row addresses of tile q, each aligned to 16 bytes. A lane holds, of tile q, row lane / 4
+// and columns 2 * (lane % 4) + {0, 1}; the transposed forms exchange row and column.
 
 __device__ inline void ldmatrix_x1(uint32_t (&tile)[1], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(tile[0]) : "r"(row) : "memory");

@@ -55,6 +55,25 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   }
 }
 
+// Acquires what threads of other blocks of the cluster released, too.
+__device__ inline bool mbarrier_try_wait_cluster(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+__device__ inline void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  while (!mbarrier_try_wait_cluster(barrier, parity)) {
+  }
+}
+
 // ---- "membar, fence" ----
 
 // Makes initialised mbarriers visible to the cluster and to asynchronous copies.

@@ -1,7 +1,7 @@
 // Hopper's asynchronous warpgroup products, one instruction per function (sm_90a); conventions as in ptx.cuh. The
 // sections are in the chapter "Asynchronous Warpgroup Level Matrix Instructions" of the PTX ISA manual.
 //
-//   wgmma_fence(); wgmma_m64k16<...>(d, a, b) ...; wgmma_commit(); wgmma_wait<0>(d);
+//   wgmma_fence(); wgmma_m64k16<...>(d, a, b) ...; wgmma_commit(); wgmma_wait_all(d);
 #pragma once
 
 #include "common/cuda/ptx_sm90.cuh"
@@ -16,11 +16,15 @@ __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" 
 // "wgmma.commit_group": the wgmma since the last one become a group.
 __device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// "wgmma.wait_group": all but the newest kPending groups are done. Naming the accumulator keeps the compiler from
-// reading it earlier.
-template <int kPending, int kCount>
-__device__ inline void wgmma_wait(float (&d)[kCount]) {
+// "wgmma.wait_group": all but the newest kPending groups are done.
+template <int kPending>
+__device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// All groups are done, and the compiler does not read the accumulator earlier.
+template <int kCount>
+__device__ inline void wgmma_wait_all(float (&d)[kCount]) {
+  wgmma_wait<0>();
 #pragma unroll
   for (float& value : d) asm volatile("" : "+f"(value)::"memory");
 }
@@ -44,8 +48,8 @@ __device__ inline uint64_t wgmma_descriptor(uint32_t shared, int leading_bytes, 
 // ---- "wgmma.mma_async": d[64, kN] = a[64, 16] * b[16, kN] (+ d unless `scale_d` is 0) by four warps ----
 //
 // Warp w of the four owns rows 16w .. 16w + 15. Element e of d: row 16w + lane / 4 + 8 * ((e >> 1) & 1), column
-// 8 * (e / 4) + 2 * (lane % 4) + (e & 1). An a in registers has the fragments of mma_m16n8k16. kTransA, kTransB = 1: the
-// operand in shared memory is M- or N-major.
+// 8 * (e / 4) + 2 * (lane % 4) + (e & 1). An a in registers has the fragments of mma_m16n8k16. kTransA, kTransB = 1:
+// the operand in shared memory is M- or N-major.
 template <class T, int kN, int kTransA = 0, int kTransB = 0>
 __device__ void wgmma_m64k16(float (&d)[kN / 2], uint64_t a, uint64_t b, int scale_d);
 template <class T, int kN, int kTransB = 0>
@@ -64,8 +68,8 @@ __device__ void wgmma_m64k16(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_
 #define LLMKERNELS_TO_90                                                                        \
   LLMKERNELS_TO_40 LLMKERNELS_TEN(4) LLMKERNELS_TEN(5) LLMKERNELS_TEN(6) LLMKERNELS_TEN(7) LLMKERNELS_TEN(8)
 #define LLMKERNELS_REGS_192 LLMKERNELS_TO_90 "%90, %91, %92, %93, %94, %95"
-#define LLMKERNELS_REGS_256 \
-  LLMKERNELS_TO_90 LLMKERNELS_TEN(9) LLMKERNELS_TEN(10) LLMKERNELS_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
+#define LLMKERNELS_TO_120 LLMKERNELS_TO_90 LLMKERNELS_TEN(9) LLMKERNELS_TEN(10) LLMKERNELS_TEN(11)
+#define LLMKERNELS_REGS_256 LLMKERNELS_TO_120 "%120, %121, %122, %123, %124, %125, %126, %127"
 
 #define LLMKERNELS_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define LLMKERNELS_D8(i) LLMKERNELS_D4(i), LLMKERNELS_D4(i + 4)
