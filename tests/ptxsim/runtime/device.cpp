@@ -151,6 +151,12 @@ Device& device() {
 
 std::vector<Launched> take_launches() { return std::exchange(launches(), {}); }
 
+void record(const Launch& launch, const Counters& counters) {
+  if (!device().record) return;
+  launches().push_back(
+      {demangled(launch.kernel), launch.grid, launch.block, launch.cluster, launch.dynamic_shared, counters});
+}
+
 const Limits& limits() {
   static constexpr Limits kSm80{8, 0, 163 << 10, 164 << 10}, kSm90{9, 0, 227 << 10, 228 << 10};
   return device().options.arch == "sm_80" ? kSm80 : kSm90;
@@ -210,10 +216,7 @@ std::string run(const Kernel& kernel, Launch launch, void** arguments, bool coop
     options.cooperative = cooperative;
     const Result result = ptxsim::launch(module, launch, options);
     if (!result.printed.empty()) std::fwrite(result.printed.data(), 1, result.printed.size(), stdout);
-    if (device().record) {
-      launches().push_back({demangled(kernel.name), launch.grid, launch.block, launch.cluster, launch.dynamic_shared,
-                            result.counters});
-    }
+    record(launch, result.counters);
     if (result.ok()) return {};
     return demangled(kernel.name) + ": " + fault_name(result.fault) + ": " + result.message;
   } catch (const std::exception& error) {

@@ -25,6 +25,8 @@ struct Launched {
   Counters counters;
 };
 std::vector<Launched> take_launches();
+// To be called after every launch.
+void record(const Launch& launch, const Counters& counters);
 
 // The facts of the architecture that launches are checked against.
 struct Limits {

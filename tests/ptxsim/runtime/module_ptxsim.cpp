@@ -5,6 +5,7 @@
 
 #include "allocator.h"
 #include "device.h"
+#include "host_test.h"
 #include "ptxsim.h"
 #include "regions.h"
 #include "torch/kernels.h"
@@ -57,7 +58,9 @@ Result launch_module(const Module& module, const std::string& kernel, const Size
   launch.params.assign(params.begin(), params.end());
   Options options = device().options;
   options.cooperative = cooperative;
-  return ptxsim::launch(module, launch, options);
+  const Result result = ptxsim::launch(module, launch, options);
+  record(launch, result.counters);
+  return result;
 }
 
 py::bytes tensor_map(int element_bytes, uintptr_t base, const std::vector<uint64_t>& sizes,
@@ -72,6 +75,34 @@ py::bytes tensor_map(int element_bytes, uintptr_t base, const std::vector<uint64
                                                 interleave, static_cast<Swizzle>(swizzle), nan_fill);
   if (!refusal.empty()) throw py::value_error("tensor map: " + refusal);
   return {reinterpret_cast<const char*>(map.opaque), sizeof(map.opaque)};
+}
+
+template <class T>
+T* memory(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void define_host_tests(py::module_ m) {
+  using Address = uintptr_t;
+  m.def("iota", [](Address out, int blocks) { return host_test::iota(memory<int>(out), blocks); });
+  m.def("through_shared", [](Address out, int bytes, bool opt_in) {
+    return host_test::through_shared(memory<int>(out), bytes, opt_in);
+  });
+  m.def("cluster_ranks", [](Address out, int blocks, int cluster) {
+    return host_test::cluster_ranks(memory<int>(out), blocks, cluster);
+  });
+  m.def("cooperative_sum", [](Address out, Address scratch, int blocks) {
+    return host_test::cooperative_sum(memory<int>(out), memory<int>(scratch), blocks);
+  });
+  m.def("set_and_copy", [](Address out, Address copy, int64_t bytes) {
+    return host_test::set_and_copy(memory<int>(out), memory<int>(copy), bytes);
+  });
+  m.def("variables", [](Address out) { return host_test::variables(memory<int>(out)); });
+  m.def("tensor_map", [](Address in, int rows, int row, Address out) {
+    return host_test::tensor_map(memory<const int>(in), rows, row, memory<int>(out));
+  });
+  m.def("refused_tensor_map", [](Address in) { return host_test::refused_tensor_map(memory<const int>(in)); });
+  m.def("occupancy", &host_test::occupancy);
 }
 
 }  // namespace
@@ -131,4 +162,5 @@ PYBIND11_MODULE(_ptxsim, m) {
       .def_property_readonly("counters", [](const Result& r) { return dict_of(r.counters); });
   m.def("launch", &launch_module, py::call_guard<py::gil_scoped_release>());
   m.def("tensor_map", &tensor_map);
+  define_host_tests(m.def_submodule("host_test"));
 }
