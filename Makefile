@@ -20,6 +20,8 @@ help:
 demo: build
 	$(PY) -m llmkernels.cli demo $(ARGS)
 
+# The emulated CUDA runtime of tests/ptxsim is built for tests only.
+test: export LLMKERNELS_BUILD_TESTS := 1
 test: build
 	OP=$(OP) BACKEND=$(BACKEND) $(PY) -m pytest -q --durations=10 $(ARGS)
 

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import os
+import re
 import tomllib
 from pathlib import Path
 
@@ -15,6 +16,11 @@ if not torch.cuda.is_available():
 
 import llmkernels
 from llmkernels import _native, _op, registry
+from tests.ptxsim import backend as simulated
+
+simulated.register()
+# Every backend that tests of an op run on; a simulated Triton kernel costs a compilation, so those have their own tests.
+TESTED = (*registry.BACKENDS, *simulated.CUDA)
 
 COVERAGE = Path(__file__).with_name("coverage.toml")
 _covered: set[tuple[str, ...]] = set()
@@ -34,10 +40,17 @@ def absent(backend: str) -> str | None:
         return _native.why_absent("cuda") or (None if torch.cuda.is_available() else "no CUDA device")
     if backend == "triton":
         return _op.triton_absent()
+    if backend not in registry.BACKENDS:
+        return simulated.absent(backend)
     return _native.why_absent("cpu") if backend == "cpu" else None
 
 
-@pytest.fixture(params=registry.BACKENDS)
+def excused(backend: str) -> str | None:
+    """Why this machine need not run a backend's lines of coverage.toml, or None."""
+    return absent(backend) if backend in registry.BACKENDS else simulated.excused(backend)
+
+
+@pytest.fixture(params=TESTED)
 def backend(request) -> str:
     """Each backend by name; skipped with its own sentence where its tool is absent."""
     reason = absent(request.param)
@@ -94,8 +107,9 @@ def pytest_deselected(items):
 
 def _key(nodeid: str, keywords) -> tuple[str, str]:
     subject = Path(nodeid.split("::")[0]).stem.removeprefix("test_")
-    return subject, next((name for name in registry.BACKENDS if f"[{name}" in nodeid or f"-{name}-" in nodeid
-                          or f"-{name}]" in nodeid), "all")
+    parameters = re.split(r"[\[\]]", nodeid)[1] if nodeid.endswith("]") else ""
+    names = (*simulated.CUDA, *simulated.TRITON, *registry.BACKENDS)  # "cuda" is the beginning of others
+    return subject, next((name for name in names if f"-{name}-" in f"-{parameters}-"), "all")
 
 
 def pytest_runtest_logreport(report):
@@ -110,7 +124,7 @@ def _missing_lines() -> list[str]:
     missing = []
     for block in tomllib.loads(COVERAGE.read_text())["must_run"]:
         lines = itertools.product(*(block[axis] for axis in ("ops", "backends", "dtypes", "options", "directions")))
-        missing += [" ".join(line) for line in lines if absent(line[1]) is None and line not in _covered]
+        missing += [" ".join(line) for line in lines if excused(line[1]) is None and line not in _covered]
     return missing
 
 
@@ -135,10 +149,10 @@ def pytest_terminal_summary(terminalreporter, config):
     write = terminalreporter.write_line
     terminalreporter.section("what ran")
     for (subject, name), counts in sorted(_outcomes.items()):
-        line = f"{subject:<22} {name:<7} " + "  ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+        line = f"{subject:<22} {name:<15} " + "  ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
         write(line)
         for reason, count in _reasons[subject, name].most_common():
-            write(f"{'':<30} {count} x {reason}")
+            write(f"{'':<38} {count} x {reason}")
     missing = config.stash[_SESSION].stash.get(_MISSING, []) if _SESSION in config.stash else []
     if missing:
         terminalreporter.section("listed in coverage.toml but not covered", red=True)
