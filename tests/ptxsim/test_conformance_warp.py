@@ -1,4 +1,4 @@
-"""Shuffles, votes, atomics, cp.async and Hopper's barriers, clusters and TMA against what the PTX manual says they do."""
+"""Shuffles, votes, cp.async and Hopper's barriers, clusters and TMA against what the PTX manual says they do."""
 
 import itertools
 
@@ -158,15 +158,15 @@ def places(box: tuple[int, ...], size: int, swizzle: int) -> torch.Tensor:
 def tma_case(rank: int, swizzle: int, size: int):
     """A tensor with strange strides, a box, and coordinates (all as in torch) from which it hangs over two edges."""
     inner = SPAN[swizzle] // size
-    shape = (3, 2, 4, 5)[5 - rank :] + (inner * 2 if rank > 1 else inner * 2 + 16 // size,)
+    shape = (*(3, 2, 4, 5)[5 - rank :], inner * 2 if rank > 1 else inner * 2 + 16 // size)
     strides, step = [], shape[-1] * size + 16
     for length in reversed(shape[:-1]):
         strides.append(step // size)
         step *= length
     storage = torch.arange(step // size).to(DTYPES[size])
     tensor = storage.as_strided(shape, (*reversed(strides), 1))
-    box = (2, 2, 3, 4)[5 - rank :] + (inner,)
-    at = (-1, 1, 2, 3)[5 - rank :] + (inner + 16 // size,)
+    box = (*(2, 2, 3, 4)[5 - rank :], inner)
+    at = (*(-1, 1, 2, 3)[5 - rank :], inner + 16 // size)
     return tensor, box, at
 
 
