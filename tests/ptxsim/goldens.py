@@ -5,6 +5,7 @@ GPU it compares with the outputs that --write stored in goldens/, one .npz for e
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,6 +34,7 @@ def executed(device: gpu.Gpu, case: golden_cases.Case) -> torch.Tensor:
     return case.result()
 
 
+@functools.cache
 def stored() -> dict[str, torch.Tensor]:
     """Name of a case -> its result on a GPU, as committed."""
     found = {}
