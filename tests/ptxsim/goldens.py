@@ -58,9 +58,8 @@ def difference(case: golden_cases.Case, got: torch.Tensor, expected: torch.Tenso
     wrong = differ.nonzero().flatten()
     if len(wrong) == 0:
         return None
-    shown = ", ".join(
-        f"[{i}] {ours[i] & 0xFFFFFFFF:#010x} for {theirs[i] & 0xFFFFFFFF:#010x}" for i in wrong[:3].tolist()
-    )
+    bits = [tensor.numpy().view(np.uint32) for tensor in (ours, theirs)]
+    shown = ", ".join(f"[{i}] {bits[0][i]:#010x} for {bits[1][i]:#010x}" for i in wrong[:3].tolist())
     return f"{case.name}: {len(wrong)} of {len(ours)} words differ: {shown}"
 
 

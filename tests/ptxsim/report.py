@@ -13,7 +13,6 @@ import re
 import sys
 import warnings
 
-from llmkernels.benchmarking import runner
 from tests.ptxsim import backend as simulated
 from tests.ptxsim import sim
 

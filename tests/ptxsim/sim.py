@@ -268,7 +268,7 @@ def launch(
         return run(loaded, entry, grid, block, smem, args, cluster or 1, cooperative)
 
 
-def run(loaded, entry, grid: Size, block: Size, smem: int, args: Sequence, cluster: Size = 1, cooperative=False) -> dict:
+def run(loaded, entry, grid: Size, block: Size, smem: int, args, cluster: Size = 1, cooperative=False) -> dict:
     """Run an entry of a loaded module on the device as it is; its counters. Raises Fault."""
     sizes = [three(size) for size in (grid, block, cluster)]
     result = module().launch(loaded, entry, *sizes, smem, pack(loaded.params(entry), args), cooperative)

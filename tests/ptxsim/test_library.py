@@ -58,7 +58,7 @@ def test_report_counts_every_kernel():
 # the goldens runs, and gives what a GPU gave where that is known.
 
 
-@pytest.mark.parametrize("case", golden_cases.cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(golden_cases.cases()), ids=lambda case: case.name)
 def test_golden(case):
     result = goldens.interpreted(case)
     known = goldens.stored().get(case.name)

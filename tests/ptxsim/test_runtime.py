@@ -132,7 +132,7 @@ def test_a_fault_surfaces_as_the_ops_exception_and_the_process_lives(arch):
     x = torch.randn(4, 24)
     raw = torch.ops.llmkernels_cuda.rms_norm_fwd
     with sim.device(arch=arch):
-        with pytest.raises(RuntimeError, match="rms_norm_fwd: CUDA says: .*norm_fwd.*kernel.*out of bounds.*"):
+        with pytest.raises(RuntimeError, match=r"rms_norm_fwd: CUDA says: .*norm_fwd.*kernel.*out of bounds.*"):
             raw(x, None, None, [24], 1e-5, 0.0)
         with sim.tracking(), sim.visible({"x": x}):
             y = raw(x, None, None, [24], 1e-5, 0.0)[0]
@@ -142,9 +142,12 @@ def test_a_fault_surfaces_as_the_ops_exception_and_the_process_lives(arch):
 def test_one_element_short_names_tensor_and_line():
     x = torch.randn(5, 24)
     short = torch.randn(120)[:119]
-    with sim.device(arch="sm_80"), sim.tracking(), sim.visible({"x": short}):
-        with pytest.raises(RuntimeError, match=r"x, \(119,\) float32") as caught:
-            torch.ops.llmkernels_cuda.rms_norm_fwd(short.as_strided((5, 24), (24, 1)), None, None, [24], 1e-5, 0.0)
+    given = torch.as_strided(short, (5, 24), (24, 1))
+    with (
+        sim.device(arch="sm_80"), sim.tracking(), sim.visible({"x": short}),
+        pytest.raises(RuntimeError, match=r"x, \(119,\) float32") as caught,
+    ):  # fmt: skip
+        torch.ops.llmkernels_cuda.rms_norm_fwd(given, None, None, [24], 1e-5, 0.0)
     assert ".cuh:" in str(caught.value) or ".cu:" in str(caught.value)
     assert functional.rms_norm(x, (24,), backend="cuda-sim-sm80").isfinite().all()
 
@@ -207,7 +210,7 @@ def test_launch_from_python(arch):
 
 def test_what_cannot_be_launched_says_why():
     out = torch.zeros(64, dtype=torch.int32)
-    with pytest.raises(ValueError, match="0 kernels are called 'nothing'; there are: .*iota_kernel"):
+    with pytest.raises(ValueError, match=r"0 kernels are called 'nothing'; there are: .*iota_kernel"):
         sim.launch("nothing", 1, 32, 0, out, source=SOURCE)
     with pytest.raises(ValueError, match="2 arguments, the kernel has 1 parameters"):
         sim.launch("iota_kernel", 1, 32, 0, out, 1, source=SOURCE)
