@@ -19,7 +19,7 @@ from llmkernels import _native, _op, registry
 from tests.ptxsim import backend as simulated
 
 simulated.register()
-# Every backend that tests of an op run on; a simulated Triton kernel costs a compilation, so those have their own tests.
+# What tests of an op run on. A simulated Triton kernel costs a compilation, so those have tests of their own.
 TESTED = (*registry.BACKENDS, *simulated.CUDA)
 
 COVERAGE = Path(__file__).with_name("coverage.toml")
@@ -149,8 +149,8 @@ def pytest_terminal_summary(terminalreporter, config):
     write = terminalreporter.write_line
     terminalreporter.section("what ran")
     for (subject, name), counts in sorted(_outcomes.items()):
-        line = f"{subject:<22} {name:<15} " + "  ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
-        write(line)
+        numbers = "  ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+        write(f"{subject:<22} {name:<15} {numbers}")
         for reason, count in _reasons[subject, name].most_common():
             write(f"{'':<38} {count} x {reason}")
     missing = config.stash[_SESSION].stash.get(_MISSING, []) if _SESSION in config.stash else []

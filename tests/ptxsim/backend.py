@@ -5,6 +5,7 @@ Each is a namespace of torch ops like those of the real backends, with their sch
 was called, and run only where a call forces them.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -28,11 +29,12 @@ def excused(name: str) -> str | None:
     return sim.nvcc_absent() or (_op.triton_absent() if name in TRITON else None)
 
 
+@functools.cache  # conftest.py is imported under two names
 def register() -> None:
     """Add the simulated backends to every op that has the real one."""
     for real, simulated in (("cuda", CUDA), ("triton", TRITON)):
         for name, arch in simulated.items():
-            namespace = name.replace("-", "_")
+            namespace = f"llmkernels_{name.replace('-', '_')}"
             _libraries.append(library := torch.library.Library(namespace, "FRAGMENT"))
             ops: dict[torch._ops.OpOverload, Callable] = {}
             for op in registry.ops():

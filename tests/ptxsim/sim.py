@@ -268,9 +268,9 @@ def launch(
         return run(loaded, entry, grid, block, smem, args, cluster or 1, cooperative)
 
 
-def run(loaded, entry, grid: Size, block: Size, smem: int, args: Sequence, cluster: Size = 1, cooperative=False) -> dict:
+def run(loaded, entry, grid: Size, block: Size, smem: int, args, cluster: Size = 1, cooperative=False) -> dict:
     """Run an entry of a loaded module on the device as it is; its counters. Raises Fault."""
-    sizes = [_three(size) for size in (grid, block, cluster)]
+    sizes = [three(size) for size in (grid, block, cluster)]
     result = module().launch(loaded, entry, *sizes, smem, pack(loaded.params(entry), args), cooperative)
     if result.printed:
         print(result.printed, end="")
@@ -279,7 +279,7 @@ def run(loaded, entry, grid: Size, block: Size, smem: int, args: Sequence, clust
     return result.counters
 
 
-def _three(size: Size) -> tuple[int, ...]:
+def three(size: Size) -> tuple[int, ...]:
     given = (size,) if isinstance(size, int) else tuple(size)
     return given + (1,) * (3 - len(given))
 
