@@ -68,9 +68,11 @@ def _define(library, namespace: str, kernel, real: str, arch: str) -> Callable:
 
 
 def _why_not(name: str) -> Callable[..., str | None]:
+    reason = absent(name)  # now: torch.compile cannot trace a look at the file system
+
     def why_not(x, *_):
         if x.device.type != "cpu":
             return f"input is on {x.device}, not on the CPU"
-        return absent(name) or _op._transform_reason()
+        return reason or _op._transform_reason()
 
     return why_not

@@ -16,6 +16,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "regions.h"
+
 namespace ptxsim {
 namespace {
 
@@ -189,7 +191,10 @@ void* variable(const void* host, size_t* bytes) {
   if (found == registered().variables.end()) return nullptr;
   for (File& file : files()) {
     if (file.text.find(found->second) == std::string::npos) continue;
-    if (void* address = load(file).symbol(found->second, bytes)) return address;
+    void* address = load(file).symbol(found->second, bytes);
+    if (address == nullptr) continue;
+    add_region(address, *bytes, demangled(found->second));  // the host may fill and copy it
+    return address;
   }
   return nullptr;
 }
