@@ -172,7 +172,6 @@ def integer_bits(x, y, z) -> Iterator[Row]:
     yield "lop3 0xe8", "bits", ux & uy | uy & uz | uz & ux
     yield "lop3 0x96", "bits", ux ^ uy ^ uz
     yield "bmsk.clamp", "bits", each(lambda s, n: ((1 << min(n, 32)) - 1) << min(s, 32), uy % 40, uz % 40)
-    yield "szext.clamp.s32", "bits", each(lambda v, n: _field(v, 0, min(n, 32), True), ux, uz % 40)
 
 
 def _floats(words: np.ndarray) -> np.ndarray:
