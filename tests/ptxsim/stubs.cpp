@@ -3,14 +3,16 @@
 #include "opcodes.h"
 #include "wgmma_pending.h"
 namespace ptxsim {
-namespace isa_base { void add_mma(OpcodeTable&) {} }
-namespace isa_avx2 { void add_mma(OpcodeTable&) {} }
-void add_async(OpcodeTable&) {}
+void resolve_cp_async_mbarrier(Build&) {}
+void resolve_bulk(Build&) {}
+void Checker::in_flight(Block&, uint32_t, uint32_t, bool) {}
+void Checker::shared_range(Warp&, const Inst&, Block&, uint32_t, uint32_t, int, bool, Agent) {}
+void Checker::global_range(Warp&, const Inst&, uint64_t, uint64_t, int, bool, Agent) {}
 void add_mbarrier(OpcodeTable&) {}
 void add_bulk(OpcodeTable&) {}
 void add_wgmma(OpcodeTable&) {}
 void move_pending(Warp&, Offset, Offset) {}
-void check_exit(Warp&, const Inst&, uint32_t) {}
+void check_exit(Warp& w, const Inst& in, uint32_t lanes) { check_cp_async_exit(w, in, lanes); }
 bool land_something(Machine&, bool) { return false; }
 void land_at_random(Machine&) {}
 void resolve_st_async(Build&) {}
