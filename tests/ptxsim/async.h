@@ -12,6 +12,11 @@ void check_exit(Warp& w, const Inst& in, uint32_t lanes);
 bool land_something(Machine& m, bool all);
 void land_at_random(Machine& m);
 
+void land_copy(Warp& w, AsyncCopy& copy);
+void check_cp_async_exit(Warp& w, const Inst& in, uint32_t lanes);
+
+void resolve_cp_async_mbarrier(Build& b);
+void resolve_bulk(Build& b);
 void resolve_st_async(Build& b);
 void resolve_red_async(Build& b);
 void resolve_cluster_barrier(Build& b);

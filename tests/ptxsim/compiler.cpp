@@ -112,6 +112,8 @@ void Build::operands(size_t at_least, size_t at_most) const {
 
 void Build::append(Offset offset) { compiler_.operand_list.push_back(offset); }
 
+size_t Build::compiler_operands() const { return compiler_.operand_list.size(); }
+
 RowClass Build::class_of(const Operand& operand) const {
   return operand.kind == Operand::Kind::kReg ? compiler_.registers[static_cast<size_t>(operand.reg)].row_class
                                               : RowClass::k32;

@@ -54,6 +54,7 @@ class Build {
   void src(size_t i, Type type) { src(ops.at(i), type); }
   void src_pred(const Operand& operand);                 // `!p` is not allowed here
   void append(Offset offset);
+  size_t compiler_operands() const;                      // how many there are by now
   Offset constant(uint64_t bits, bool wide);
   Offset pred_constant(bool value);
   // The base row of an address; its constant part, width and frame flag go into the instruction (the first address) or

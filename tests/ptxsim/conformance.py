@@ -9,9 +9,10 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from tests.ptxsim import exact
-from tests.ptxsim.exact import BF16, F16, F32, F64
+from tests.ptxsim.exact import BF16, E4M3, E5M2, F16, F32, F64
 
 Row = tuple
 THREADS, BLOCKS = 256, 3
@@ -172,7 +173,6 @@ def integer_bits(x, y, z) -> Iterator[Row]:
     yield "lop3 0xe8", "bits", ux & uy | uy & uz | uz & ux
     yield "lop3 0x96", "bits", ux ^ uy ^ uz
     yield "bmsk.clamp", "bits", each(lambda s, n: ((1 << min(n, 32)) - 1) << min(s, 32), uy % 40, uz % 40)
-    yield "szext.clamp.s32", "bits", each(lambda v, n: _field(v, 0, min(n, 32), True), ux, uz % 40)
 
 
 def _floats(words: np.ndarray) -> np.ndarray:
@@ -384,7 +384,32 @@ def approximations(x, y, z) -> Iterator[Row]:
         yield "div.full", "approx", normal / divisor, 2.0**-20
 
 
+def _fp8_bits(values: np.ndarray, to: exact.Format) -> np.ndarray:
+    """.satfinite: infinities too become the largest number; a NaN is 0x7f."""
+    dtype, largest = (torch.float8_e4m3fn, 448) if to is E4M3 else (torch.float8_e5m2, 57344)
+    values = np.clip(exact.vector("cvt", "rn", to, values), -largest, largest)
+    bits = torch.from_numpy(values).float().to(dtype).view(torch.uint8).numpy().astype(object)
+    return np.where(np.isnan(values), 0x7F, bits)
+
+
+def _from_fp8(bits: np.ndarray, to: exact.Format) -> np.ndarray:
+    dtype = torch.float8_e4m3fn if to is E4M3 else torch.float8_e5m2
+    return torch.from_numpy(bits.astype(np.uint8)).view(dtype).double().numpy()
+
+
+def fp8_conversions(x, y, z) -> Iterator[Row]:
+    a, b = _floats(x), _floats(y)
+    low, high = _halves(x, False)
+    for to, name in ((E4M3, "e4m3x2"), (E5M2, "e5m2x2")):
+        yield f"cvt.rn.satfinite.{name}.f32", "bits", _fp8_bits(a, to) << 8 | _fp8_bits(b, to)
+        positive = _fp8_bits(_relu(a), to) << 8 | _fp8_bits(_relu(b), to)
+        yield f"cvt.rn.satfinite.relu.{name}.f32", "bits", positive
+        yield f"cvt.rn.satfinite.{name}.f16x2", "bits", _fp8_bits(high, to) << 8 | _fp8_bits(low, to)
+        wide = [_half_bits(_from_fp8(x >> shift & 0xFF, to)) for shift in (0, 8)]
+        yield f"cvt.rn.f16x2.{name}", "f16x2", wide[1] << 16 | wide[0]
+
+
 KERNELS = (
     integer_arithmetic, integer_wide, integer_bits, float_rounding, float_flags, comparisons, double_arithmetic,
-    conversions, half_arithmetic, approximations,
+    conversions, half_arithmetic, approximations, fp8_conversions,
 )  # fmt: skip

@@ -19,6 +19,8 @@ F64 = Format(53, -1074, 1024)
 F32 = Format(24, -149, 128)
 F16 = Format(11, -24, 16)
 BF16 = Format(8, -133, 128)
+E4M3 = Format(4, -9, 10)  # as if it went on beyond 448: whoever uses it saturates
+E5M2 = Format(3, -16, 17)
 
 
 def rounded(value: Fraction, mode: str, to: Format, zero: float = 0.0) -> float:

@@ -1,7 +1,7 @@
 """The test kernels in tests/ptxsim/kernels: their shapes, launches, and whether what they compute is right.
 
-A kernel here is a function `run(shape, bug=0, **settings)`: it launches with -DBUG=`bug`, compares with float64 and
-returns None or a sentence that says what is wrong; what the interpreter finds is raised as sim.Fault.
+A kernel here is a function `run(shape, bug=0, **settings)`: it launches with -DBUG=`bug` and returns its outputs beside
+what they should be in float64; what the interpreter finds is raised as sim.Fault.
 """
 
 import functools
@@ -37,8 +37,12 @@ def unwritten(*shape: int, dtype=torch.float32) -> torch.Tensor:
     return torch.full(shape, math.nan, dtype=dtype)
 
 
-def compare(**outputs: tuple[torch.Tensor, torch.Tensor, float, float]) -> str | None:
-    """The first of the outputs, (got, expected, relative, absolute tolerance), that is wrong."""
+# Name -> (got, expected, relative tolerance, absolute tolerance).
+Outputs = dict[str, tuple[torch.Tensor, torch.Tensor, float, float]]
+
+
+def first_wrong(outputs: Outputs) -> str | None:
+    """A sentence about the first output that is wrong."""
     for name, (got, expected, relative, absolute) in outputs.items():
         try:
             torch.testing.assert_close(got.double(), expected.double(), rtol=relative, atol=absolute)
@@ -84,7 +88,7 @@ def _attention_data(shape: Attention) -> tuple[torch.Tensor, ...]:
     return q, k, v, scores.softmax(-1).nan_to_num(0) @ wide_v, lse
 
 
-def attention(shape: Attention, bug: int = 0, **settings) -> str | None:
+def attention(shape: Attention, bug: int = 0, **settings) -> Outputs:
     q, k, v, expected, expected_lse = _attention_data(shape)
     out, lse = unwritten(*q.shape, dtype=torch.bfloat16), unwritten(*q.shape[:-1])
     kernel = f"attention_d{shape.dim}_{'causal' if shape.causal else 'full'}"
@@ -92,7 +96,7 @@ def attention(shape: Attention, bug: int = 0, **settings) -> str | None:
     scale = 1 / math.sqrt(shape.dim)
     sizes = (shape.heads, shape.kv_heads, shape.sq, shape.sk)
     launch("attention.cu", bug, kernel, grid, 128, shared, q, k, v, out, lse, *sizes, scale, **settings)
-    return compare(out=(out, expected, 1e-2, 1e-2), lse=(lse, expected_lse, 1e-5, 1e-4))
+    return {"out": (out, expected, 1e-2, 1e-2), "lse": (lse, expected_lse, 1e-5, 1e-4)}
 
 
 # --- layer norm ------------------------------------------------------------------------------------------------------
@@ -117,7 +121,7 @@ def _layernorm_data(shape: LayerNorm) -> tuple[torch.Tensor, ...]:
     return x, weight, bias, dy, y.detach(), *torch.autograd.grad(y, wide, dy.double())
 
 
-def layernorm(shape: LayerNorm, bug: int = 0, **settings) -> str | None:
+def layernorm(shape: LayerNorm, bug: int = 0, **settings) -> Outputs:
     x, weight, bias, dy, *expected = _layernorm_data(shape)
     y, dx, mean, rstd = unwritten(*x.shape), unwritten(*x.shape), unwritten(shape.rows), unwritten(shape.rows)
     dweight, dbias = torch.zeros(shape.cols), torch.zeros(shape.cols)
@@ -128,7 +132,7 @@ def layernorm(shape: LayerNorm, bug: int = 0, **settings) -> str | None:
     launch("layernorm.cu", bug, "layer_norm_bwd", shape.rows, 256, 0, *backward, **settings)
     got = (y, dx, dweight, dbias)
     named = zip(("y", "dx", "dweight", "dbias"), got, expected, strict=True)
-    return compare(**{name: (ours, wanted, 1e-5, 2e-5) for name, ours, wanted in named})
+    return {name: (ours, wanted, 1e-5, 2e-5) for name, ours, wanted in named}
 
 
 # --- matmul ----------------------------------------------------------------------------------------------------------
@@ -154,12 +158,12 @@ def _int8_data(shape: Matmul) -> tuple[torch.Tensor, ...]:
     return a, b, a.long() @ b.long().T
 
 
-def int8_gemm(shape: Matmul, bug: int = 0, **settings) -> str | None:
+def int8_gemm(shape: Matmul, bug: int = 0, **settings) -> Outputs:
     a, b, expected = _int8_data(shape)
     c = torch.full((shape.m, shape.n), -1, dtype=torch.int32)
     grid = (-(-shape.n // 64), -(-shape.m // 64))
     launch("int8_gemm.cu", bug, "int8_gemm", grid, 128, 0, a, b, c, shape.m, shape.n, shape.k, **settings)
-    return compare(c=(c, expected, 0, 0))
+    return {"c": (c, expected, 0, 0)}
 
 
 @functools.cache
@@ -169,7 +173,7 @@ def _hopper_data(shape: Matmul) -> tuple[torch.Tensor, ...]:
     return a, b, a.double() @ b.double().T
 
 
-def hopper_gemm(shape: Matmul, bug: int = 0, **settings) -> str | None:
+def hopper_gemm(shape: Matmul, bug: int = 0, **settings) -> Outputs:
     a, b, expected = _hopper_data(shape)
     c = unwritten(shape.m, shape.n, dtype=torch.bfloat16)
     consumers, cols = {4: (1, 64), 2: (2, 128)}[shape.stages]
@@ -182,7 +186,7 @@ def hopper_gemm(shape: Matmul, bug: int = 0, **settings) -> str | None:
     block, shared = 128 * (1 + consumers), -(-shared // 1024) * 1024
     kernel = f"hopper_gemm_stages{shape.stages}"
     launch("hopper_gemm.cu", bug, kernel, grid, block, shared, *maps, shape.k, arch="sm_90a", **settings)
-    return compare(c=(c, expected, 2**-8, 1e-3))
+    return {"c": (c, expected, 2**-8, 1e-3)}
 
 
 # The shapes of PTXSIM.md, section 8: tails, one tile and several, rows without keys, grouped heads.

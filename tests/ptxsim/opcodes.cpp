@@ -18,7 +18,7 @@ Resolver find_resolver(std::string_view base) {
       isa_base::add_integer(t), isa_base::add_float(t), isa_base::add_convert(t), isa_base::add_compare(t);
       isa_base::add_mma(t);
     }
-    add_move(t), add_control(t), add_memory(t), add_atomic(t), add_warp(t), add_barrier(t);
+    add_move(t), add_control(t), add_memory(t), add_atomic(t), add_warp(t), add_matrix(t), add_barrier(t);
     add_async(t), add_mbarrier(t), add_bulk(t), add_wgmma(t);
     return t;
   }();

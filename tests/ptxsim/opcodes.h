@@ -34,6 +34,7 @@ void add_control(OpcodeTable& table);
 void add_memory(OpcodeTable& table);
 void add_atomic(OpcodeTable& table);
 void add_warp(OpcodeTable& table);
+void add_matrix(OpcodeTable& table);
 void add_barrier(OpcodeTable& table);
 void add_async(OpcodeTable& table);
 void add_mbarrier(OpcodeTable& table);

@@ -65,7 +65,7 @@ void arrive(Warp& w, const Inst& in, uint32_t id, uint32_t count, uint32_t lanes
     barrier.votes += static_cast<uint32_t>(__builtin_popcount(p & lanes));
     barrier.voters += static_cast<uint32_t>(__builtin_popcount(lanes));
   }
-  if (block.machine->checker != nullptr) block.machine->checker->barrier_arrive(w, id, lanes);
+  if (in.kind == kArrive && block.machine->checker != nullptr) block.machine->checker->barrier_arrive(w, id, lanes);
   if (in.kind != kArrive) {
     for (uint32_t m = lanes; m != 0; m &= m - 1) w.lane_pc[__builtin_ctz(m)] = w.here(in) + 1;
     w.at_barrier |= lanes;

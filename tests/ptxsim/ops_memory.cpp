@@ -57,7 +57,7 @@ void load(Warp& w, const Inst& in) {
       if constexpr (kBytes == sizeof(R)) {
         if (contiguous(p, kBytes)) {
           std::memcpy(d, p[0], kLanes * kBytes);
-          if (in.sem >= 2) acquire_loaded(w, in, addresses);
+          if (in.sem) acquire_loaded(w, in, addresses);
           return;
         }
       }
@@ -81,7 +81,7 @@ void load(Warp& w, const Inst& in) {
       }
     }
   }
-  if (in.sem >= 2) acquire_loaded(w, in, addresses);
+  if (in.sem) acquire_loaded(w, in, addresses);
 }
 
 void load128(Warp& w, const Inst& in) {
@@ -120,7 +120,7 @@ void store(Warp& w, const Inst& in) {
     for (uint32_t i = 0; i < kLanes; ++i) std::memcpy(stage + i * bytes + v * kBytes, s + i, kBytes);
   }
   const auto access = in.sem ? Access::kStrongWrite : Access::kWrite;
-  if (in.sem >= 2) release_stored(w, in, addresses);
+  if (in.sem) release_stored(w, in, addresses);
   resolve(w, in, static_cast<Space>(in.space), addresses, w.mask, bytes, access, p, stage);
   if (w.mask == kFull && contiguous(p, bytes)) {
     std::memcpy(p[0], stage, kLanes * bytes);

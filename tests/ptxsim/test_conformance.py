@@ -15,7 +15,8 @@ def differs(kind: str, got: np.ndarray, expected: np.ndarray, tolerance: float =
     if kind in ("bits", "bits64"):
         return got.astype(object) != expected.astype(object) & (0xFFFFFFFF if kind == "bits" else (1 << 64) - 1)
     if kind in ("f32", "approx"):
-        wanted = expected.astype(np.float32)
+        with np.errstate(all="ignore"):
+            wanted = expected.astype(np.float32)
         if kind == "approx":
             with np.errstate(all="ignore"):
                 error = abs(got.view(np.float32).astype(np.float64) - expected) / abs(expected)
@@ -43,7 +44,8 @@ def test_scalar(reference):
     # Rows that a kernel puts beyond those of the reference are for comparisons with hardware.
     out = torch.zeros(sum(counts) + 8, words.shape[1], dtype=torch.int32)
     grid = (conformance.BLOCKS, conformance.THREADS)
-    sim.launch(reference.__name__, *grid, 0, given, out, source=KERNELS / "conformance.cu")
+    source, arch = ("conformance_sm90.cu", "sm_90a") if "fp8" in reference.__name__ else ("conformance.cu", "sm_80")
+    sim.launch(reference.__name__, *grid, 0, given, out, source=KERNELS / source, arch=arch)
     got, first, wrong = out.numpy().view(np.uint32), 0, []
     for (name, kind, *expected), count in zip(rows, counts, strict=True):
         row = got[first]
@@ -56,3 +58,28 @@ def test_scalar(reference):
             wrong.append(f"{name}({args}): got {int(row[i]):#x}, expected {expected[0][i]} ({int(bad.sum())} wrong)")
         first += count
     assert not wrong, "\n".join(wrong)
+
+
+def test_control_and_memory():
+    words = conformance.inputs()
+    given = torch.from_numpy(words.view(np.int32))
+    out = torch.zeros(11, words.shape[1], dtype=torch.int32)
+    grid = (conformance.BLOCKS, conformance.THREADS)
+    sim.launch("control_and_memory", *grid, 0, given, out, source=KERNELS / "conformance.cu")
+    for i, got in enumerate(out.numpy().view(np.uint32).T.tolist()):
+        x, y = (int(row[i]) for row in words[:2])
+        n, steps = x % 97 + 1, 0
+        while n != 1:
+            n, steps = n // 2 if n % 2 == 0 else 3 * n + 1, steps + 1
+        case = {0: x + 11, 1: (x ^ 0x5555) * 3, 2: x * 3, 3: int(f"{x:032b}"[::-1], 2), 4: x - y, 5: ~x}.get(
+            y % 7, x >> 3
+        )
+        data, lane = x.to_bytes(4, "little"), i % 32
+        block, thread = divmod(i, conformance.THREADS)
+        halves = [x & 0xFFFF, x >> 16]
+        expected = [
+            steps, case, (3, 1, 4, 1, 5, 9, 2, 6)[y % 8], (y % 8 - x) % 8 * y, data[x % 4],
+            data[y % 4] - (data[y % 4] >> 7 << 8), halves[x % 2], halves[y % 2] - (halves[y % 2] >> 15 << 16),
+            lane, (1 << lane) - 1, thread + 1000 * block + 1000000 * conformance.BLOCKS,
+        ]  # fmt: skip
+        assert got == [value & 0xFFFFFFFF for value in expected], (i, x, y)

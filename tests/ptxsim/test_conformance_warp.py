@@ -1,4 +1,4 @@
-"""Shuffles, votes, cp.async and Hopper's barriers, clusters and TMA against what the PTX manual says they do."""
+"""Shuffles, votes, atomics, cp.async and Hopper's barriers, clusters and TMA against the PTX manual."""
 
 import itertools
 
@@ -92,6 +92,95 @@ def test_votes(same):
     for row, (got, wanted) in enumerate(zip(out.tolist(), expected, strict=True)):
         wanted = wanted if isinstance(wanted, list) else [wanted] * 32
         assert [value & everyone for value in got] == [int(value) & everyone for value in wanted], row
+
+
+# --- atomics ---------------------------------------------------------------------------------------------------------
+
+WORD, LONG = (1 << 32) - 1, (1 << 64) - 1
+
+
+def signed(value: int) -> int:
+    return value - (1 << 32) if value >> 31 else value
+
+
+def added(word: int, dtype: torch.dtype, *terms: float) -> int:
+    """A word (or two, for float64) of floats, with a term added to each of them."""
+    size = 8 if dtype == torch.float64 else 4
+    values = torch.frombuffer(bytearray(word.to_bytes(size, "little")), dtype=dtype)
+    total = (values.double() + torch.tensor(terms, dtype=torch.float64)).to(dtype)
+    if total.isnan().any():  # payloads are nobody's business
+        total[total.isnan()] = torch.nan
+    return int.from_bytes(bytes(total.view(torch.uint8).tolist()), "little")
+
+
+def atomics(x: int, y: int, place: int, wide: int, wide_place: int) -> list[int]:
+    """What run_atomics of conformance_warp.cu puts: old values, in words."""
+    put = []
+    for operation in (
+        lambda p: p + y,
+        lambda p: p - x,
+        lambda p: min(p, y),
+        lambda p: max(p, x),
+        lambda p: min(p, y, key=signed),
+        lambda p: max(p, x, key=signed),
+        lambda p: p & (y | 3),
+        lambda p: p | x & 0x1010,
+        lambda p: p ^ y,
+        lambda p: 0 if p >= x else p + 1,
+        lambda p: y if p == 0 or p > y else p - 1,
+        lambda p: x,
+        lambda p: y if p == x else p,
+        lambda p: y if p == x else p,
+        lambda p: added(p, torch.float32, 1.5),
+        lambda p: 0x3C003800,
+        lambda p: added(p, torch.float16, 0.25, 1024.0),
+        lambda p: 0x3F803F00,
+        lambda p: added(p, torch.bfloat16, 0.25, 8.0),
+    ):
+        put.append(place)
+        place = operation(place) & WORD
+    put.append(place)
+    for operation in (
+        lambda p: p + wide,
+        lambda p: max(p, wide ^ 0x123456789ABCDEF),
+        lambda p: 0x3FF8000000000000,
+        lambda p: added(p, torch.float64, 0.5),
+        lambda p: wide if p == 0x4000000000000000 else p,
+        lambda p: p,
+    ):
+        put += [wide_place & WORD, wide_place >> 32]
+        wide_place = operation(wide_place) & LONG
+    return put
+
+
+def unsigned(tensor: torch.Tensor) -> list:
+    return (tensor.long() & WORD).tolist()
+
+
+def test_shared_atomics():
+    given = words(3, 32)
+    x, y, z = unsigned(given)
+    out = unsigned(run("shared_atomics", given, 33).T)
+    total = xor = 0
+    for i in range(32):
+        total, xor = (total + x[i]) & WORD, xor ^ y[i]
+    for i, got in enumerate(out):
+        wide_place, wide = y[i] | z[i] << 32, x[i] | y[i] << 32
+        assert got == [*atomics(x[i], y[i], z[i], wide, wide_place), (total, xor, max(z))[i % 3]], i
+
+
+def test_global_atomics():
+    given, threads = words(3, 128), 128
+    x, y, _ = unsigned(given)
+    out = torch.zeros(32 * threads + 2 + 3 * threads, dtype=torch.int32)
+    sim.launch("global_atomics", 2, 64, 0, given, out, source=KERNELS / "conformance_warp.cu")
+    put = unsigned(out[: 32 * threads].view(32, threads).T)
+    for i, got in enumerate(put):
+        assert got == atomics(x[i], y[i], 0, x[i] | y[i] << 32, 0), i
+    xor = 0
+    for value in y:
+        xor ^= value
+    assert unsigned(out[32 * threads : 32 * threads + 2]) == [sum(x) & WORD, xor]
 
 
 # --- cp.async --------------------------------------------------------------------------------------------------------

@@ -106,7 +106,6 @@ CONFORMANCE(integer_bits) {
   asm volatile("lop3.b32 %0, %1, %2, %3, 0x96;" : "=r"(d) : "r"(x), "r"(y), "r"(z));
   words.put(d);
   PUT2("bmsk.clamp.b32", y % 40, z % 40);
-  PUT2("szext.clamp.s32", x, z % 40);
 }
 
 CONFORMANCE(float_rounding) {
