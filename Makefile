@@ -21,6 +21,8 @@ help:
 demo: build
 	$(PY) -m llmkernels.cli demo $(ARGS)
 
+# The emulated CUDA runtime of tests/ptxsim is built for tests only.
+test: export LLMKERNELS_BUILD_TESTS := 1
 test: build
 	OP=$(OP) BACKEND=$(BACKEND) $(PY) -m pytest -q --durations=10 $(ARGS)
 
@@ -41,7 +43,7 @@ $(VENV)/.installed: requirements.txt
 
 fmt: $(DEPS)
 	$(PY) -m ruff format . && $(PY) -m ruff check --fix .
-	clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	clang-format -i $$(find csrc tests/ptxsim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 lint: $(DEPS)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
@@ -54,4 +56,4 @@ new-op: build
 	$(PY) scripts/new_op.py $(NAME)
 
 clean:
-	rm -rf build dist *.egg-info llmkernels/*.so llmkernels/_build_facts.json
+	rm -rf build dist *.egg-info llmkernels/*.so llmkernels/_build_facts.json tests/ptxsim/*.so tests/ptxsim/ptx

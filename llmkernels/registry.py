@@ -27,6 +27,7 @@ class _Forced(threading.local):
 _forced = _Forced()
 _registry: dict[str, tuple["Backend", ...]] = {}
 _by_name: dict[tuple[str, str], "Backend"] = {}
+_extra_names: set[str] = set()
 _observer: Callable | None = None
 _reported: set[tuple[str, str]] = set()
 
@@ -73,6 +74,14 @@ def register(op: str, *entries: Backend) -> None:
     _by_name.update({(op, entry.name): entry for entry in entries})
 
 
+def register_extra(entry: Backend) -> None:
+    """Add a backend that runs only where it is forced by name. For tests: no list of backends mentions it."""
+    if entry.name in BACKENDS or (entry.op, entry.name) in _by_name:
+        raise ValueError(f"{entry.op}: backend {entry.name!r} is registered already")
+    _extra_names.add(entry.name)
+    _by_name[entry.op, entry.name] = entry
+
+
 def ops() -> tuple[str, ...]:
     """The names of all registered ops."""
     return tuple(_registry)
@@ -86,13 +95,18 @@ def entries(op: str) -> tuple[Backend, ...]:
         raise ValueError(f"unknown op {op!r}; known: {', '.join(_registry)}") from None
 
 
+def has(op: str, name: str) -> bool:
+    """Whether `op` has a backend of this name."""
+    return (op, name) in _by_name
+
+
 def entry(op: str, name: str) -> Backend:
     """One backend of `op` by its name."""
     return _by_name[op, name]
 
 
 def checked_name(name: str, source: str) -> str:
-    if name not in BACKENDS:
+    if name not in BACKENDS and name not in _extra_names:
         raise ValueError(f"{source}: unknown backend {name!r}; known: {', '.join(BACKENDS)}")
     return name
 
@@ -121,9 +135,7 @@ def pick(op: str, tensors: tuple, backend: str | None = None) -> Backend:
         _observer(op, tensors, backend)
     forced = forced_backend(backend)
     refusals = []
-    for entry in _registry[op]:
-        if forced is not None and entry.name != forced:
-            continue
+    for entry in _candidates(op, forced):
         reason = entry.why_not(*tensors)
         if reason is None:
             if refusals and entry.name == "torch":
@@ -137,14 +149,22 @@ def _sentence(refusals: list[tuple[str, str]]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in refusals)
 
 
+def _candidates(op: str, forced: str | None) -> tuple[Backend, ...]:
+    """What may run: every backend, best first, or the one that is forced, if the op has it."""
+    if forced is None:
+        return _registry[op]
+    entry = _by_name.get((op, forced))
+    return () if entry is None else (entry,)
+
+
 def explain_call(op: str, tensors: tuple, backend: str | None = None) -> Explanation:
     """Ask every backend of `op`, and say which one `pick` takes."""
     forced = forced_backend(backend)
-    reasons, chosen = {}, None
-    for entry in entries(op):
-        reasons[entry.name] = entry.why_not(*tensors)
-        if chosen is None and reasons[entry.name] is None and forced in (None, entry.name):
-            chosen = entry.name
+    candidates = _candidates(op, forced)
+    # A forced extra backend is not among the entries.
+    asked = dict.fromkeys((*entries(op), *candidates))
+    reasons = {entry.name: entry.why_not(*tensors) for entry in asked}
+    chosen = next((entry.name for entry in candidates if reasons[entry.name] is None), None)
     return Explanation(op, chosen, reasons)
 
 

@@ -3,11 +3,17 @@
 import collections
 import itertools
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 if not torch.cuda.is_available():
     # Read by Triton when a kernel is decorated, so it is set before anything imports one.
@@ -19,6 +25,11 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_root, os.environ.get("
 
 import llmkernels
 from llmkernels import _native, _op, registry
+from tests.ptxsim import backend as simulated
+
+simulated.register()
+# What tests of an op run on. A simulated Triton kernel costs a compilation, so those have tests of their own.
+TESTED = (*registry.BACKENDS, *simulated.CUDA)
 
 COVERAGE = Path(__file__).with_name("coverage.toml")
 _covered: set[tuple[str, ...]] = set()
@@ -38,6 +49,8 @@ def absent(backend: str) -> str | None:
         return _native.why_absent("cuda") or (None if torch.cuda.is_available() else "no CUDA device")
     if backend == "triton":
         return _op.triton_absent() or (None if torch.cuda.is_available() else _interpreter_broken())
+    if backend not in registry.BACKENDS:
+        return simulated.absent(backend)
     return _native.why_absent("cpu") if backend == "cpu" else None
 
 
@@ -51,13 +64,18 @@ def _interpreter_broken() -> str | None:
     return None
 
 
-@pytest.fixture(params=registry.BACKENDS)
+def excused(backend: str) -> str | None:
+    """Why this machine need not run a backend's lines of coverage.toml, or None."""
+    return absent(backend) if backend in registry.BACKENDS else simulated.excused(backend)
+
+
+@pytest.fixture(params=TESTED)
 def backend(request) -> str:
     """Each backend by name; skipped with its own sentence where its tool is absent."""
     parameters = request.node.callspec.params
     op = parameters.get("op") or getattr(parameters.get("case"), "op", None)
     reason = absent(request.param)
-    if reason is None and op in registry.ops() and request.param not in [e.name for e in registry.entries(op)]:
+    if reason is None and op in registry.ops() and not registry.has(op, request.param):
         reason = f"{op} has no such kernel"
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
@@ -112,10 +130,9 @@ def pytest_deselected(items):
 
 def _key(nodeid: str, keywords) -> tuple[str, str]:
     subject = Path(nodeid.split("::")[0]).stem.removeprefix("test_")
-    return subject, next(
-        (name for name in registry.BACKENDS if f"[{name}" in nodeid or f"-{name}-" in nodeid or f"-{name}]" in nodeid),
-        "all",
-    )
+    parameters = re.split(r"[\[\]]", nodeid)[1] if nodeid.endswith("]") else ""
+    names = (*simulated.CUDA, *simulated.TRITON, *registry.BACKENDS)  # "cuda" is the beginning of others
+    return subject, next((name for name in names if f"-{name}-" in f"-{parameters}-"), "all")
 
 
 def pytest_runtest_logreport(report):
@@ -130,7 +147,7 @@ def _missing_lines() -> list[str]:
     missing = []
     for block in tomllib.loads(COVERAGE.read_text())["must_run"]:
         lines = itertools.product(*(block[axis] for axis in ("ops", "backends", "dtypes", "options", "directions")))
-        missing += [" ".join(line) for line in lines if absent(line[1]) is None and line not in _covered]
+        missing += [" ".join(line) for line in lines if excused(line[1]) is None and line not in _covered]
     return missing
 
 
@@ -155,12 +172,10 @@ def pytest_terminal_summary(terminalreporter, config):
     write = terminalreporter.write_line
     terminalreporter.section("what ran")
     for (subject, name), counts in sorted(_outcomes.items()):
-        line = f"{subject:<22} {name:<7} " + "  ".join(
-            f"{count} {outcome}" for outcome, count in sorted(counts.items())
-        )
-        write(line)
+        numbers = "  ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+        write(f"{subject:<22} {name:<15} {numbers}")
         for reason, count in _reasons[subject, name].most_common():
-            write(f"{'':<30} {count} x {reason}")
+            write(f"{'':<38} {count} x {reason}")
     missing = config.stash[_SESSION].stash.get(_MISSING, []) if _SESSION in config.stash else []
     if missing:
         terminalreporter.section("listed in coverage.toml but not covered", red=True)

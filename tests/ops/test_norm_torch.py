@@ -33,14 +33,16 @@ def test_public_op_is_differentiable_and_checked(op):
     torch.library.opcheck(public.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("name", ("cpu", "triton", "cuda", "portable"))
+@pytest.mark.parametrize("name", ("cpu", "triton", "cuda", "cuda-sim-sm80", "portable"))
 def test_raw_ops_pass_opcheck(name):
     from tests.conftest import absent, device_of
 
     backend = "cpu" if name == "portable" else name
     if absent(backend):
         pytest.skip(f"{backend}: {absent(backend)}")
-    namespace = torch.ops.llmkernels if name == "portable" else getattr(torch.ops, f"llmkernels_{name}")
+    namespace = (
+        torch.ops.llmkernels if name == "portable" else getattr(torch.ops, f"llmkernels_{name.replace('-', '_')}")
+    )
     device = device_of(backend)
     x, dy, residual = (torch.randn(5, 24, device=device) for _ in range(3))
     weight, bias = torch.randn(24, device=device), torch.randn(24, device=device)

@@ -1,0 +1,85 @@
+"""The library's CUDA kernels on the interpreter, beyond tests/ops: other schedules, other GPUs, the report, goldens."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llmkernels.ops.norm import cases
+from llmkernels.testing.battery import evaluate, failures, judge
+from tests.ptxsim import backend as simulated
+from tests.ptxsim import golden_cases, goldens, sim
+
+pytestmark = pytest.mark.skipif(sim.absent() is not None, reason=f"ptxsim: {sim.absent()}")
+on_both = pytest.mark.parametrize("backend", tuple(simulated.CUDA))
+
+# One for each kind of kernel: a warp per row, a block per row, rows read again; with and without vectors.
+KINDS = [
+    cases.NormCase("layer_norm", (9, 72), (72,), torch.bfloat16),
+    cases.NormCase("add_layer_norm", (5, 33), (33,), torch.float32),
+    cases.NormCase("add_rms_norm", (3, 4096), (4096,), torch.float16),
+    cases.NormCase("rms_norm", (3, 1025), (1025,), torch.float32),
+    cases.NormCase("add_layer_norm", (2, 24_576), (24_576,), torch.float32),
+]
+
+
+@pytest.mark.parametrize("async_mode", ("eager", "lazy", "random"))
+@pytest.mark.parametrize("case", KINDS, ids=str)
+@on_both
+def test_schedules_do_not_change_a_bit(case, backend, async_mode):
+    inputs = cases.make_inputs(case)
+    expected = evaluate(cases, case, inputs, backend)
+    for seed in (1, 2):
+        with sim.device(seed=seed, async_mode=async_mode, check=seed == 1):
+            for name, result in evaluate(cases, case, inputs, backend).items():
+                assert torch.equal(result, expected[name]), name
+
+
+@pytest.mark.parametrize("multiprocessors", (1, 132))
+@on_both
+def test_grids_of_other_gpus(backend, multiprocessors):
+    """One multiprocessor: every block takes many rows. A real GPU's number: more blocks than rows."""
+    case = cases.NormCase("add_layer_norm", (70, 40), (40,))
+    with sim.device(multiprocessors=multiprocessors):
+        assert failures(judge(cases, case, backend)) == []
+
+
+def test_counters_are_those_of_paper_and_pencil():
+    """norm_bwd_reduce: 32 blocks of 8 warps read 16 partial rows of 1,024 floats, and the first of each stores a line."""
+    case = cases.NormCase("rms_norm", (16, 1024), (1024,))
+    with sim.device(record=True) as launches:
+        evaluate(cases, case, cases.make_inputs(case), "cuda-sim-sm80")
+    reduce = launches.all[-1]
+    assert "norm_bwd_reduce_kernel" in reduce["kernel"] and reduce["grid"] == [32, 1, 1]
+    assert reduce["global_requests"] == 32 * (16 + 1) and reduce["global_sectors"] == 4 * reduce["global_requests"]
+    assert reduce["shared_wavefronts"] == reduce["shared_requests"]
+
+
+def test_report_counts_every_kernel():
+    command = [sys.executable, "-m", "tests.ptxsim.report", "rms_norm"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=sim.ROOT, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    for kernel in ("norm_fwd_kernel<float", "norm_bwd_kernel<__nv_bfloat16", "norm_bwd_reduce_kernel<float>"):
+        assert kernel in run.stdout
+    assert "::" not in run.stdout
+
+
+# Conformance with a GPU. What the instructions should give is tested in test_conformance*.py; here, that every case of
+# the goldens runs, and gives what a GPU gave where that is known.
+
+
+@pytest.mark.parametrize("case", list(golden_cases.cases()), ids=lambda case: case.name)
+def test_golden(case):
+    result = goldens.interpreted(case)
+    known = goldens.stored().get(case.name)
+    if known is not None:
+        assert goldens.difference(case, result, known) is None
+
+
+def test_a_difference_is_one_sentence():
+    case = next(golden_cases.cases())
+    ours, theirs = torch.tensor([1, 2, -1], dtype=torch.int32), torch.tensor([1, 3, 7], dtype=torch.int32)
+    assert goldens.difference(case, ours, ours.clone()) is None
+    expected = f"{case.name}: 2 of 3 words differ: [1] 0x00000002 for 0x00000003, [2] 0xffffffff for 0x00000007"
+    assert goldens.difference(case, ours, theirs) == expected
