@@ -10,6 +10,10 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kWarpSize = 32;
 constexpr int kMostSums = 2;  // that a group forms at once
 
+// Where word `index` of an array in shared memory lies when a gap follows every 32: threads that write vectors side by
+// side and threads that read words side by side then both find 32 different banks.
+__host__ __device__ constexpr int padded(int index) { return index + index / 32; }
+
 // Each of `values` becomes its sum over the warp.
 template <class Value, int kCount>
 __device__ void warp_sum(Value (&values)[kCount]) {

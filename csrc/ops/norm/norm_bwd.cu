@@ -93,20 +93,21 @@ __device__ void store_partial(const Acc<T> (&sum)[kVectors][kVec], Acc<T>* parti
     }
   } else {
     constexpr int kWarps = kNormWarpThreads / kWarpSize, kCols = kWarpSize * kVectors * kVec;
-    __shared__ Acc<T> of_warp[kWarps][kCols];
+    __shared__ Acc<T> of_warp[kWarps][padded(kCols)];
     __syncthreads();  // the sums before these are read
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
       for (int j = 0; j < kVec; ++j) {
-        of_warp[threadIdx.x / kWarpSize][(threadIdx.x % kWarpSize + i * kWarpSize) * kVec + j] = sum[i][j];
+        const int col = (threadIdx.x % kWarpSize + i * kWarpSize) * kVec + j;
+        of_warp[threadIdx.x / kWarpSize][padded(col)] = sum[i][j];
       }
     }
     __syncthreads();
     for (int col = threadIdx.x; col < vectors * kVec; col += kNormWarpThreads) {
-      Acc<T> total = of_warp[0][col];
+      Acc<T> total = of_warp[0][padded(col)];
 #pragma unroll
-      for (int warp = 1; warp < kWarps; ++warp) total += of_warp[warp][col];
+      for (int warp = 1; warp < kWarps; ++warp) total += of_warp[warp][padded(col)];
       partial[col] = total;
     }
   }
@@ -200,15 +201,16 @@ __global__ void __launch_bounds__(kBlock ? kNormBlockThreads : kNormWarpThreads,
 // Adds, over the threads (x, 0 .. kNormColumnsY - 1) in their order, what each of them brings; all threads take part.
 template <class Sum, int kVec>
 __device__ void sum_over_y(Sum (&value)[kVec]) {
-  __shared__ Sum of_thread[kNormColumnsY][kNormColumnsX * kVec];
+  __shared__ Sum of_thread[kNormColumnsY][padded(kNormColumnsX * kVec)];
   __syncthreads();  // the sums before these are read
 #pragma unroll
-  for (int j = 0; j < kVec; ++j) of_thread[threadIdx.y][threadIdx.x * kVec + j] = value[j];
+  for (int j = 0; j < kVec; ++j) of_thread[threadIdx.y][padded(threadIdx.x * kVec + j)] = value[j];
   __syncthreads();
 #pragma unroll
   for (int j = 0; j < kVec; ++j) {
-    value[j] = of_thread[0][threadIdx.x * kVec + j];
-    for (int y = 1; y < kNormColumnsY; ++y) value[j] += of_thread[y][threadIdx.x * kVec + j];
+    const int col = padded(threadIdx.x * kVec + j);
+    value[j] = of_thread[0][col];
+    for (int y = 1; y < kNormColumnsY; ++y) value[j] += of_thread[y][col];
   }
 }
 
