@@ -147,7 +147,7 @@ def device(
     """The GPU of this thread, and how it runs kernels. What is None stays as an outer context has set it.
 
     seed: of the schedule and of async_mode "random". check: races, uninitialised shared memory, proxies (bounds and
-    alignment always). async_mode: when asynchronous copies land, "eager", "lazy" or "random". multiprocessors: 4 unless
+    alignment always). async_mode: when asynchronous copies land, "eager", "lazy" or "random". multiprocessors: 1 unless
     told. record: keep the counters of every launch.
     """
     sim = module()

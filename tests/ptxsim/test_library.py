@@ -36,7 +36,7 @@ def test_schedules_do_not_change_a_bit(case, backend, async_mode):
                 assert torch.equal(result, expected[name]), name
 
 
-@pytest.mark.parametrize("multiprocessors", (1, 132))
+@pytest.mark.parametrize("multiprocessors", (4, 132))
 @on_both
 def test_grids_of_other_gpus(backend, multiprocessors):
     """One multiprocessor: every block takes many rows. A real GPU's number: more blocks than rows."""

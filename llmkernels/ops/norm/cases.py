@@ -231,6 +231,8 @@ def test_cases() -> list[NormCase]:
             for cols in (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 63, 64, 65, 127, 1000, 1025)
         ]
         cases += [NormCase(op, (4, 1025), (1025,), torch.bfloat16), NormCase(op, (1, 5000), (5000,))]
+        # Just past what one warp holds, with more rows than a small GPU has blocks at a time.
+        cases += [NormCase(op, (40, 1032), (1032,), torch.bfloat16), NormCase(op, (40, 1030), (1030,))]
         cases += [NormCase(op, shape, shape[-1:]) for shape in ((0, 16), (4, 0), (16,))]
     return cases
 

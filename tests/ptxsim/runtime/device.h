@@ -11,7 +11,7 @@ namespace ptxsim {
 
 struct Device {
   Options options;          // options.arch says which PTX runs
-  int multiprocessors = 4;  // few, so that persistent grids loop in small cases
+  int multiprocessors = 1;  // so that persistent grids loop in small cases; still several blocks
   bool record = false;      // keep every launch for `take_launches`
 };
 
