@@ -49,11 +49,12 @@ SINGLE = ("d64-causal-b1-h1/1-sq1-sk1",)
 PLANTED = (
     Planted(1, attention, "missing clamp: reads past the tensor", ("out of bounds",), WHOLE),
     Planted(2, attention, "cp.async wait too weak", ("async in flight",)),
-    Planted(3, attention, "missing __syncthreads after the wait", ("race", "async in flight")),
+    Planted(3, attention, "missing __syncthreads after the wait", ("race", "async in flight", "uninitialized")),
     Planted(4, attention, "wrong B fragment order", (NUMBERS,)),
     Planted(5, attention, "next V tile overwrites the buffer in use", ("async in flight", "race"), SINGLE),
     Planted(6, attention, "missing .trans on ldmatrix", (NUMBERS,)),
-    Planted(7, attention, "barrier reached by one warp only", ("barrier", "divergence", "race")),
+    Planted(7, attention, "barrier reached by one warp only",
+            ("barrier", "divergence", "race", "async in flight", "uninitialized")),
     Planted(8, attention, "shuffle under if (lane < 16)", ("divergence",)),
     Planted(11, layernorm, "reduction: barrier missing after the partial sums", ("uninitialized", "race")),
     Planted(12, layernorm, "reduction: barrier missing before the buffer is reused", ("race",)),
@@ -141,6 +142,7 @@ ORDER = {
     "missing_syncwarp": ("race", {}),
     "cross_block_sum": ("race", {"blocks": 4, "out": 1}),
     "cross_block_read": ("race", {"blocks": 2, "out": 2}),
+    "grid_barrier_without_fence": ("race", {"blocks": 6, "out": 7, "cooperative": True}),
 }
 PARTICIPANTS = {
     "exited_lane_in_mask": ("divergence", {}),
