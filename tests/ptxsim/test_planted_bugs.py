@@ -11,6 +11,7 @@ import torch
 
 from tests.ptxsim import sim
 from tests.ptxsim.launching import (
+    KERNELS,
     SHAPES,
     attention,
     first_wrong,
@@ -182,3 +183,24 @@ def test_host_pointer_reported():
         micro("host_pointer", host.data_ptr(), torch.zeros(32, dtype=torch.int32))
     assert raised.value.kind == "out of bounds"
     assert_named(raised.value, "micro.cu", "host_pointer")
+
+
+@pytest.mark.parametrize(
+    "kernel, kinds",
+    [
+        ("tma_load_without_wait", ("uninitialized", "async in flight", "race")),
+        ("tma_store_without_fence", ("proxy",)),
+        ("tma_store_without_wait", ("async in flight", "race")),
+    ],
+)
+@pytest.mark.parametrize("async_mode", ["eager", "lazy", "random"])
+def test_micro_with_tma_reported(kernel, kinds, async_mode):
+    rows = torch.zeros(32, 32, dtype=torch.int32)
+    box = sim.TensorMap(rows, (1 if "store" in kernel else 4, 32))
+    args = (box, torch.zeros(64, dtype=torch.int32), torch.zeros(8, 32, dtype=torch.int32))
+    threads = 32 if "store" in kernel else 64
+    with pytest.raises(sim.Fault) as raised:
+        source = KERNELS / "micro_sm90.cu"
+        sim.launch(kernel, 1, threads, 0, *args, source=source, arch="sm_90a", async_mode=async_mode)
+    assert raised.value.kind in kinds, raised.value
+    assert_named(raised.value, "micro_sm90.cu", kernel)
