@@ -385,7 +385,7 @@ void Checker::shared_range(Warp& w, const Inst& in, Block& owner, uint32_t addre
       const uint32_t who = who_of(now);
       bool known = false;
       for (auto& e : entries)
-        if (e.warp == who / kLanes && e.clock == clock_of(now)) e.lanes |= 1u << (who % kLanes), known = true;
+        if (e.warp == who / kLanes && e.lanes == 1u << (who % kLanes)) e.clock = clock_of(now), known = true;
       if (!known && entries.size() < 64) entries.push_back({who / kLanes, clock_of(now), 1u << (who % kLanes), 15, false});
     } else if (c.r == 0 || s.ordered(a, t, c.r) || who_of(c.r) == who_of(now)) {
       c.r = now;
@@ -499,14 +499,19 @@ void Checker::acquire(Warp& w, int lane, const SyncClock& from) {
 
 void Checker::tick(Warp& w, int lane) { ++impl_->of(*w.block).clocks.own[Impl::thread(w, lane)]; }
 
-void Checker::matrix_done(Warp& w) {
+uint32_t Checker::matrix_commit(Warp& w) {
+  BlockClocks& c = impl_->of(*w.block).clocks;
+  return c.own[c.padded + static_cast<uint32_t>(w.index)]++;
+}
+
+void Checker::matrix_done(Warp& w, uint32_t time) {
   BlockClocks& c = impl_->of(*w.block).clocks;
   const auto index = static_cast<uint32_t>(w.index);
   const uint32_t unit = c.padded + index;
-  c.matrix_done[index] = c.own[unit];
+  c.matrix_done[index] = time;
   SyncClock done;
   auto row = std::make_shared<std::vector<uint32_t>>(c.size, 0);
-  (*row)[unit] = c.own[unit]++;
+  (*row)[unit] = time;
   done.of(c.block) = row;
   for (uint32_t m = w.live; m != 0; m &= m - 1) c.learn(index * kLanes + static_cast<uint32_t>(__builtin_ctz(m)), done);
 }

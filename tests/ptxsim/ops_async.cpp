@@ -107,6 +107,7 @@ void wait(Warp& w, const Inst& in) {
 }
 
 void cp(Build& b) {
+  if (b.has("reduce")) return resolve_reduce_bulk(b);
   if (!b.take("async")) b.fail("only cp.async exists");
   if (b.take("commit_group")) {
     b.in.fn = commit;

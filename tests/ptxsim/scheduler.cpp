@@ -225,7 +225,7 @@ void run_blocks(Machine& m) {
 
   m.threads = static_cast<uint32_t>(threads);
   m.warps = (m.threads + kLanes - 1) / kLanes;
-  m.params.assign(launch.params.begin(), launch.params.end());
+  m.params.assign(launch.params);
   m.memory.add(m.params.data(), m.params.size(), "kernel parameters", true);
   for (const auto& [name, symbol] : m.module.symbols)
     if (symbol->data != nullptr) m.memory.add(symbol->data, symbol->bytes, symbol->name, symbol->space == Space::kConst);
@@ -248,6 +248,8 @@ void run_blocks(Machine& m) {
                   static_cast<uint32_t>(index / m.cluster_grid.x / m.cluster_grid.y)};
     cluster.id = id;
     cluster.phase = 0;
+    cluster.arrived = 0;
+    cluster.clock.reset();
     cluster.live = static_cast<uint32_t>(per_cluster * threads);
     cluster.arrivals.assign(per_cluster * threads, 0);
     for (uint32_t r = 0; r < per_cluster; ++r) {
@@ -316,7 +318,6 @@ void run_blocks(Machine& m) {
       if (cluster.live != 0) continue;
       for (Block* block : cluster.blocks)
         if (m.checker != nullptr) m.checker->end_block(*block);
-      while (land_something(m, true)) {}
       size_t slot = 0;
       while (m.clusters[slot].get() != &cluster) ++slot;
       if (next < clusters) start_cluster(slot);
