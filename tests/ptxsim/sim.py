@@ -36,7 +36,7 @@ class Fault(RuntimeError):
     """What stopped a kernel. `kind` is the interpreter's word for it, such as "out of bounds"."""
 
     def __init__(self, kind: str, message: str):
-        super().__init__(f"{kind}: {message}")
+        super().__init__(message if message.startswith(kind) else f"{kind}: {message}")
         self.kind = kind
 
 
