@@ -8,6 +8,7 @@ import torch
 import llmkernels
 from llmkernels.ops.norm import cases, reference
 from llmkernels.testing.battery import failures, judge, judge_results
+from tests.ptxsim import backend as simulated
 
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SMALL = [case for case in cases.test_cases() if case.shape in ((5, 33), (7, 40), (3, 4, 6, 8))]
@@ -41,6 +42,8 @@ def test_matches_fp64_truth(case, backend, device, poison, covers):
 def test_long_rows(case, backend, device, poison, covers):
     if backend == "triton" and device == "cpu":
         pytest.skip("triton: rows this long take minutes in the interpreter; test_chunked_rows covers the code path")
+    if (reason := simulated.too_slow(backend, case.rows * case.cols)) is not None:
+        pytest.skip(reason)
     assert failures(judge(cases, case, backend, device)) == []
     for direction in ("fwd", "bwd"):
         covers(case.op, backend, DTYPE_NAMES[case.dtype], option_of(case), direction)

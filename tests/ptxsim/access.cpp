@@ -71,7 +71,9 @@ void resolve_global(Warp& w, const Inst& in, const uint64_t* addresses, uint32_t
     }
   }
   for (int i = 0; i < kLanes; ++i) pointers[i] = reinterpret_cast<unsigned char*>(a[i]);
-  count_global(*w.machine, a, mask, bytes);
+  // Constants and parameters come from a cache of their own.
+  const auto space = static_cast<Space>(in.space);
+  if (space != Space::kConst && space != Space::kParam) count_global(*w.machine, a, mask, bytes);
   if (w.machine->checker != nullptr) w.machine->checker->global(w, in, a, mask, bytes, access, values);
 }
 

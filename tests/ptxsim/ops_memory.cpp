@@ -172,7 +172,7 @@ void ld(Build& b) {
   b.in.size = static_cast<uint8_t>(bytes);
   b.in.kind = is_signed(type) ? kSign : kZero;
   const bool vector = b.ops[0].kind == Operand::Kind::kVector;
-  if (vector != (b.in.vec > 1) || (vector && b.ops[0].parts.size() != b.in.vec)) b.fail("its vector does not fit");
+  if ((vector ? b.ops[0].parts.size() : 1) != b.in.vec) b.fail("its vector does not fit");
   const Operand& first = vector ? b.ops[0].parts[0] : b.ops[0];
   bool wide = bits_of(type) == 64;
   for (size_t i = 0; vector && i < b.ops[0].parts.size(); ++i)
@@ -211,7 +211,7 @@ void st(Build& b) {
   b.address(b.ops[0]);
   if (b.in.flags & kFrameAddress) b.in.space = static_cast<uint8_t>(Space::kLocal);
   const bool vector = b.ops[1].kind == Operand::Kind::kVector;
-  if (vector != (b.in.vec > 1) || (vector && b.ops[1].parts.size() != b.in.vec)) b.fail("its vector does not fit");
+  if ((vector ? b.ops[1].parts.size() : 1) != b.in.vec) b.fail("its vector does not fit");
   bool wide = bits_of(type) == 64;
   if (!vector) wide |= b.ops[1].kind == Operand::Kind::kReg && b.is_wide(b.ops[1]);
   else for (const Operand& part : b.ops[1].parts) wide |= part.kind == Operand::Kind::kReg && b.is_wide(part);

@@ -16,6 +16,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "regions.h"
+
 namespace ptxsim {
 namespace {
 
@@ -189,7 +191,10 @@ void* variable(const void* host, size_t* bytes) {
   if (found == registered().variables.end()) return nullptr;
   for (File& file : files()) {
     if (file.text.find(found->second) == std::string::npos) continue;
-    if (void* address = load(file).symbol(found->second, bytes)) return address;
+    void* address = load(file).symbol(found->second, bytes);
+    if (address == nullptr) continue;
+    add_region(address, *bytes, demangled(found->second));  // the host may fill and copy it
+    return address;
   }
   return nullptr;
 }
@@ -218,7 +223,8 @@ std::string run(const Kernel& kernel, Launch launch, void** arguments, bool coop
     if (!result.printed.empty()) std::fwrite(result.printed.data(), 1, result.printed.size(), stdout);
     record(launch, result.counters);
     if (result.ok()) return {};
-    return demangled(kernel.name) + ": " + fault_name(result.fault) + ": " + result.message;
+    const std::string kind = fault_name(result.fault);
+    return demangled(kernel.name) + ": " + (result.message.rfind(kind, 0) == 0 ? "" : kind + ": ") + result.message;
   } catch (const std::exception& error) {
     return demangled(kernel.name) + ": " + error.what();
   }
