@@ -119,11 +119,14 @@ struct Checker::Impl {
       const BlockClocks* c = nullptr;
       for (const auto& block : blocks)
         if (block != nullptr && block->clocks.block == block_of(w)) c = &block->clocks;
-      if (c != nullptr && u < c->padded && clock_of(w) > c->fenced[u]) {
+      // Within a block the reader may have fenced as well, after the barrier; of other blocks the writer must have.
+      const bool fenced = c == nullptr || u >= c->padded ||
+                          (c == &a.mine.clocks ? c->fenced_for_proxy(t, u, clock_of(w)) : clock_of(w) <= c->fenced[u]);
+      if (!fenced) {
         const Inst& o = m.program->code[inst];
         fault(a.w, a.in, Fault::kProxy, "the async proxy reads " + where(a, address) + ", which " + name_of(w, true, a.mine) +
               " wrote by `" + std::string(o.opcode) + "` at " + describe_location(m.module, *m.program, o) +
-              " without a fence.proxy.async after it", 1u << lane);
+              " without a fence.proxy.async between", 1u << lane);
       }
     }
   }
@@ -475,6 +478,8 @@ void Checker::proxy_fence(Warp& w) {
   for (uint32_t m = w.mask; m != 0; m &= m - 1) {
     const uint32_t t = Impl::thread(w, __builtin_ctz(m));
     c.fenced[t] = c.own[t]++;
+    c.fenced_phase[t] = c.phase;
+    c.fenced_rows[t] = c.rows[t];
   }
 }
 

@@ -109,6 +109,7 @@ struct Warp {
   uint32_t at_cluster = 0;       // those of them that wait at the barrier of the cluster
   uint32_t polled = 0;           // lanes whose last try_wait failed ...
   uint64_t poll_event = 0;       // ... when the machine had seen so many events
+  uint32_t poll_pc = 0;          // and where that was
   uint32_t detour = 0;           // instructions that a randomly chosen group may still run
   uint32_t lone = 0;             // instructions since the last look at other groups
   uint32_t lane_pc[kLanes] = {};

@@ -188,6 +188,7 @@ void wait(Warp& w, const Inst& in) {
   if (w.poll_event != w.machine->events) w.polled = 0;
   w.poll_event = w.machine->events;
   w.polled |= failed;
+  w.poll_pc = w.here(in);
   w.yield = true;
   if (w.next_pc != kNever) w.reschedule = true;  // let the other lanes run
 }

@@ -345,13 +345,14 @@ std::string describe_waits(Machine& m) {
           if (w.lane_pc[lane] == w.lane_pc[first] && ((w.at_barrier >> lane) & 1) == ((w.at_barrier >> first) & 1)) same |= l & -l;
         }
         const bool barrier = (w.at_barrier >> first) & 1, waits = (w.waiting >> first) & 1;
-        const uint32_t pc = std::min<uint32_t>(barrier && w.lane_pc[first] > 0 ? w.lane_pc[first] - 1 : w.lane_pc[first],
+        const bool poll = !barrier && !waits && ((w.polled >> first) & 1);
+        const uint32_t pc = poll ? w.poll_pc : std::min<uint32_t>(barrier && w.lane_pc[first] > 0 ? w.lane_pc[first] - 1 : w.lane_pc[first],
                                                static_cast<uint32_t>(m.program->code.size() - 1));
         const Inst& in = m.program->code[pc];
         text += "\n  " + block->name() + " warp " + std::to_string(w.index) + " lanes " + lanes_text(same) + ": " +
-                (barrier ? "waits at" : waits ? "waits for lanes of its warp at" : "is at") + " `" + std::string(in.opcode) +
+                (barrier || poll ? "waits at" : waits ? "waits for lanes of its warp at" : "is at") + " `" + std::string(in.opcode) +
                 "` " + describe_location(m.module, *m.program, in);
-        if (!barrier && !waits && ((w.polled >> first) & 1)) text += describe_mbarrier_wait(w);
+        if (poll) text += describe_mbarrier_wait(w);
         rest &= ~same;
       }
     }
