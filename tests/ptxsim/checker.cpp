@@ -462,13 +462,13 @@ void Checker::warp_sync(Warp& w, uint32_t lanes) {
 
 void Checker::fence(Warp& w, int) {
   BlockClocks& c = impl_->of(*w.block).clocks;
-  impl_->any_fence = true;
+  impl_->any_fence = c.any_fence = true;
   for (uint32_t m = w.mask; m != 0; m &= m - 1) {
     const uint32_t t = Impl::thread(w, __builtin_ctz(m));
     auto& f = c.fences[t];
     if (f.acquired != nullptr) c.learn(t, *f.acquired);
     f.acquired.reset();
-    f.released = std::make_unique<SyncClock>(c.everything(t));
+    f.released = std::make_shared<SyncClock>(c.everything(t));
     ++c.own[t];
   }
 }
@@ -559,8 +559,10 @@ void Checker::acquire_atomic(Warp& w, const Inst& in, const uint64_t* addresses)
     if (in.sem >= 2) {
       c.learn(t, it->second);
     } else {
-      if (c.fences[t].acquired == nullptr) c.fences[t].acquired = std::make_unique<SyncClock>();
-      c.fences[t].acquired->join(it->second);
+      auto seen = c.fences[t].acquired == nullptr ? std::make_shared<SyncClock>() : std::make_shared<SyncClock>(*c.fences[t].acquired);
+      seen->join(it->second);
+      c.fences[t].acquired = seen;
+      c.any_fence = true;
     }
   }
 }
