@@ -105,6 +105,11 @@ def entry(op: str, name: str) -> Backend:
     return _by_name[op, name]
 
 
+def has(op: str, name: str) -> bool:
+    """Whether `op` has a backend of this name, one that was registered as an extra included."""
+    return (op, name) in _by_name
+
+
 def checked_name(name: str, source: str) -> str:
     if name not in BACKENDS and name not in _extra_names:
         raise ValueError(f"{source}: unknown backend {name!r}; known: {', '.join(BACKENDS)}")

@@ -24,6 +24,15 @@ def absent(name: str) -> str | None:
     return sim.absent() or (_op.triton_absent() if name in TRITON else None)
 
 
+ELEMENTS = 200_000
+
+
+def too_slow(name: str, elements: int) -> str | None:
+    """Why a case of so many elements is left to real GPUs, or None. One of 500,000 takes six seconds."""
+    simulated = name in CUDA or name in TRITON
+    return f"{name}: more than {ELEMENTS:,} elements take too long" if simulated and elements > ELEMENTS else None
+
+
 def excused(name: str) -> str | None:
     """Why this machine need not run it, or None: with nvcc it must have been built."""
     return sim.nvcc_absent() or (_op.triton_absent() if name in TRITON else None)

@@ -151,11 +151,21 @@ def _tma() -> Iterator[Case]:
         yield Case(f"tma_store_{name}", kernel=f"tma_store_{rank}d", args=store, result_in_map=True, **common)
 
 
-def cases() -> Iterator[Case]:
-    """Every case, with tensors of its own."""
-    for source in ("conformance.cu", "conformance_warp.cu"):
-        yield from _plain(source, "sm_80")
+def _hopper() -> Iterator[Case]:
     yield from _plain("conformance_sm90.cu", "sm_90a")
     yield from (case for case in _plain("conformance_warp.cu", "sm_90a") if case.kernel == "mma_e4m3")
-    yield from _wgmma()
-    yield from _tma()
+
+
+PARTS = {
+    "scalar": lambda: _plain("conformance.cu", "sm_80"),
+    "warp": lambda: _plain("conformance_warp.cu", "sm_80"),
+    "hopper": _hopper,
+    "wgmma": _wgmma,
+    "tma": _tma,
+}
+
+
+def cases() -> Iterator[Case]:
+    """Every case, with tensors of its own."""
+    for part in PARTS.values():
+        yield from part()

@@ -36,7 +36,7 @@ class Fault(RuntimeError):
     """What stopped a kernel. `kind` is the interpreter's word for it, such as "out of bounds"."""
 
     def __init__(self, kind: str, message: str):
-        super().__init__(f"{kind}: {message}")
+        super().__init__(message if message.startswith(kind) else f"{kind}: {message}")
         self.kind = kind
 
 
@@ -52,8 +52,11 @@ def nvcc() -> str | None:
 def nvcc_absent() -> str | None:
     """Why nothing can be simulated on this machine, or None: then it must be."""
     facts = ROOT / "llmkernels" / "_build_facts.json"
-    if facts.exists() and "cuda" in (absent := json.loads(facts.read_text())["absent"]):
-        return f"not built ({absent['cuda']})"
+    if not facts.exists():
+        return f"not built ({BUILD})"
+    reason = json.loads(facts.read_text())["absent"].get("cuda")
+    if reason is not None:
+        return f"not built ({reason})"
     return None if nvcc() else "nvcc was not found"
 
 

@@ -5,9 +5,10 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <mutex>
-#include <string>
 #include <unordered_set>
+#include <utility>
 
 #include "ptxsim.h"
 #include "regions.h"
@@ -52,7 +53,7 @@ class Allocator final : public c10::Allocator {
       const std::lock_guard lock(mutex);
       tracked().insert(begin);
     }
-    add_region(begin, bytes, "a tensor of " + std::to_string(bytes) + " bytes");
+    add_region(begin, bytes, "a tensor");
     return {begin, begin, &release, c10::Device(c10::kCPU)};
   }
 

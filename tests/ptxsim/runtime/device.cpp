@@ -223,7 +223,8 @@ std::string run(const Kernel& kernel, Launch launch, void** arguments, bool coop
     if (!result.printed.empty()) std::fwrite(result.printed.data(), 1, result.printed.size(), stdout);
     record(launch, result.counters);
     if (result.ok()) return {};
-    return demangled(kernel.name) + ": " + fault_name(result.fault) + ": " + result.message;
+    const std::string kind = fault_name(result.fault);
+    return demangled(kernel.name) + ": " + (result.message.rfind(kind, 0) == 0 ? "" : kind + ": ") + result.message;
   } catch (const std::exception& error) {
     return demangled(kernel.name) + ": " + error.what();
   }
