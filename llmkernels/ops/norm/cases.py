@@ -219,7 +219,7 @@ def test_cases() -> list[NormCase]:
                 cases.append(NormCase(op, (5, 40), (40,), dtype, weight_offset=1.0))
         cases += [NormCase(op, (3, cols), (cols,)) for cols in (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 63, 64, 65, 127, 1000, 1025)]
         cases += [NormCase(op, (4, 1025), (1025,), torch.bfloat16), NormCase(op, (1, 5000), (5000,))]
-        cases += [NormCase(op, shape, shape[-1:]) for shape in ((0, 16), (4, 0), (16,))]
+        cases += [NormCase(op, shape, shape[-1:]) for shape in ((0, 16), (4, 0), (16,), (33,))]
         cases.append(NormCase(op, (300, 64), (64,)))
     return cases
 
