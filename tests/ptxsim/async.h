@@ -17,6 +17,7 @@ void check_cp_async_exit(Warp& w, const Inst& in, uint32_t lanes);
 
 void resolve_cp_async_mbarrier(Build& b);
 void resolve_bulk(Build& b);
+void resolve_reduce_bulk(Build& b);
 void resolve_st_async(Build& b);
 void resolve_red_async(Build& b);
 void resolve_cluster_barrier(Build& b);

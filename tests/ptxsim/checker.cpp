@@ -119,11 +119,14 @@ struct Checker::Impl {
       const BlockClocks* c = nullptr;
       for (const auto& block : blocks)
         if (block != nullptr && block->clocks.block == block_of(w)) c = &block->clocks;
-      if (c != nullptr && u < c->padded && clock_of(w) > c->fenced[u]) {
+      // Within a block the reader may have fenced as well, after the barrier; of other blocks the writer must have.
+      const bool fenced = c == nullptr || u >= c->padded ||
+                          (c == &a.mine.clocks ? c->fenced_for_proxy(t, u, clock_of(w)) : clock_of(w) <= c->fenced[u]);
+      if (!fenced) {
         const Inst& o = m.program->code[inst];
         fault(a.w, a.in, Fault::kProxy, "the async proxy reads " + where(a, address) + ", which " + name_of(w, true, a.mine) +
               " wrote by `" + std::string(o.opcode) + "` at " + describe_location(m.module, *m.program, o) +
-              " without a fence.proxy.async after it", 1u << lane);
+              " without a fence.proxy.async between", 1u << lane);
       }
     }
   }
@@ -385,7 +388,7 @@ void Checker::shared_range(Warp& w, const Inst& in, Block& owner, uint32_t addre
       const uint32_t who = who_of(now);
       bool known = false;
       for (auto& e : entries)
-        if (e.warp == who / kLanes && e.clock == clock_of(now)) e.lanes |= 1u << (who % kLanes), known = true;
+        if (e.warp == who / kLanes && e.lanes == 1u << (who % kLanes)) e.clock = clock_of(now), known = true;
       if (!known && entries.size() < 64) entries.push_back({who / kLanes, clock_of(now), 1u << (who % kLanes), 15, false});
     } else if (c.r == 0 || s.ordered(a, t, c.r) || who_of(c.r) == who_of(now)) {
       c.r = now;
@@ -475,6 +478,8 @@ void Checker::proxy_fence(Warp& w) {
   for (uint32_t m = w.mask; m != 0; m &= m - 1) {
     const uint32_t t = Impl::thread(w, __builtin_ctz(m));
     c.fenced[t] = c.own[t]++;
+    c.fenced_phase[t] = c.phase;
+    c.fenced_rows[t] = c.rows[t];
   }
 }
 
@@ -499,14 +504,19 @@ void Checker::acquire(Warp& w, int lane, const SyncClock& from) {
 
 void Checker::tick(Warp& w, int lane) { ++impl_->of(*w.block).clocks.own[Impl::thread(w, lane)]; }
 
-void Checker::matrix_done(Warp& w) {
+uint32_t Checker::matrix_commit(Warp& w) {
+  BlockClocks& c = impl_->of(*w.block).clocks;
+  return c.own[c.padded + static_cast<uint32_t>(w.index)]++;
+}
+
+void Checker::matrix_done(Warp& w, uint32_t time) {
   BlockClocks& c = impl_->of(*w.block).clocks;
   const auto index = static_cast<uint32_t>(w.index);
   const uint32_t unit = c.padded + index;
-  c.matrix_done[index] = c.own[unit];
+  c.matrix_done[index] = time;
   SyncClock done;
   auto row = std::make_shared<std::vector<uint32_t>>(c.size, 0);
-  (*row)[unit] = c.own[unit]++;
+  (*row)[unit] = time;
   done.of(c.block) = row;
   for (uint32_t m = w.live; m != 0; m &= m - 1) c.learn(index * kLanes + static_cast<uint32_t>(__builtin_ctz(m)), done);
 }

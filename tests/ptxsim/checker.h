@@ -65,7 +65,8 @@ class Checker {
   void acquire(Warp& w, int lane, const SyncClock& from);
   void release_atomic(Warp& w, const Inst& in, const uint64_t* addresses);
   void acquire_atomic(Warp& w, const Inst& in, const uint64_t* addresses);
-  void matrix_done(Warp& w);                              // the warp has waited for its wgmma: its reads are past
+  uint32_t matrix_commit(Warp& w);                        // a group of wgmma ends: its time
+  void matrix_done(Warp& w, uint32_t time);               // the warp has waited for the group: its reads are past
   void tick(Warp& w, int lane);
 
  private:

@@ -43,6 +43,8 @@ void BlockClocks::start(uint32_t id, uint32_t threads, uint32_t warps) {
   matrix_done.assign(warps, 0);
   matrix_base.assign(warps, 0);
   fenced.assign(padded, 0);
+  fenced_phase.assign(padded, 0);
+  fenced_rows.assign(padded, nullptr);
   fences.clear();
   fences.resize(padded);
   memo_into_ = memo_from_ = memo_result_ = nullptr;
@@ -53,6 +55,11 @@ bool BlockClocks::knows(uint32_t t, uint32_t u, uint32_t clock) const {
   if (u == t) return true;
   if (u < padded ? clock < phase : clock <= matrix_base[u - padded]) return true;
   return rows[t] != nullptr && (*rows[t])[u] >= clock;
+}
+
+bool BlockClocks::fenced_for_proxy(uint32_t t, uint32_t u, uint32_t clock) const {
+  if (u >= padded || clock <= fenced[u] || clock < fenced_phase[t]) return true;
+  return fenced_rows[t] != nullptr && (*fenced_rows[t])[u] >= clock;
 }
 
 bool BlockClocks::knows_foreign(uint32_t t, uint32_t other, uint32_t u, uint32_t clock) const {

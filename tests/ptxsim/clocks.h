@@ -18,7 +18,9 @@ class BlockClocks {
   std::vector<Row> rows;                     // null: nothing beyond the phase
   std::vector<std::shared_ptr<SyncClock>> foreign;  // what a thread knows of other blocks; null: nothing
   std::vector<uint32_t> matrix_done, matrix_base;
-  std::vector<uint32_t> fenced;              // for the async proxy: the thread's writes up to this time
+  // For the async proxy: when a thread executed its last fence.proxy.async, and what it knew of others by then.
+  std::vector<uint32_t> fenced, fenced_phase;
+  std::vector<Row> fenced_rows;
   struct Fence {
     std::unique_ptr<SyncClock> released, acquired;
   };
@@ -26,6 +28,7 @@ class BlockClocks {
 
   // Does thread `t` know of time `clock` of thread `u` of this block (or of `other`)?
   bool knows(uint32_t t, uint32_t u, uint32_t clock) const;
+  bool fenced_for_proxy(uint32_t t, uint32_t u, uint32_t clock) const;  // by the writer u, or by t who knew of it
   bool knows_foreign(uint32_t t, uint32_t other, uint32_t u, uint32_t clock) const;
   Row known(uint32_t t) const;               // all that t knows, with its own time
   SyncClock everything(uint32_t t) const;

@@ -18,7 +18,7 @@ void start_warp(Warp& w, uint32_t lanes) {
   w.pc = 0;
   w.next_pc = kNever;
   w.reschedule = w.yield = w.blocked = false;
-  w.waiting = w.at_barrier = w.polled = 0;
+  w.waiting = w.at_barrier = w.at_cluster = w.polled = 0;
   w.detour = w.lone = 0;
   w.pending_wgmma = false;
   w.async.clear();

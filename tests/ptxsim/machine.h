@@ -1,6 +1,7 @@
 // What exists while a kernel runs: the launch, its clusters, blocks and warps.
 #pragma once
 
+#include <algorithm>
 #include <deque>
 #include <exception>
 #include <map>
@@ -28,6 +29,7 @@ constexpr size_t kMostCalls = 4096;
 struct Machine;
 struct Block;
 struct Cluster;
+struct ClusterClock;
 class Checker;
 
 struct KernelFault : std::exception {
@@ -35,6 +37,24 @@ struct KernelFault : std::exception {
   const char* what() const noexcept override { return message.c_str(); }
   Fault fault;
   std::string message;
+};
+
+// Bytes aligned as a kernel may ask of its parameters.
+class AlignedBytes {
+ public:
+  void assign(const std::vector<unsigned char>& bytes) {
+    store_.assign(bytes.size() + 128, 0);
+    size_ = bytes.size();
+    data_ = store_.data() + (128 - reinterpret_cast<uintptr_t>(store_.data()) % 128) % 128;
+    std::copy(bytes.begin(), bytes.end(), data_);
+  }
+  unsigned char* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  std::vector<unsigned char> store_;
+  unsigned char* data_ = nullptr;
+  size_t size_ = 0;
 };
 
 struct Random {  // splitmix64
@@ -86,8 +106,10 @@ struct Warp {
   bool pending_wgmma = false;
   uint32_t waiting = 0;          // lanes that wait for other lanes of the warp
   uint32_t at_barrier = 0;       // lanes that wait for other warps
+  uint32_t at_cluster = 0;       // those of them that wait at the barrier of the cluster
   uint32_t polled = 0;           // lanes whose last try_wait failed ...
   uint64_t poll_event = 0;       // ... when the machine had seen so many events
+  uint32_t poll_pc = 0;          // and where that was
   uint32_t detour = 0;           // instructions that a randomly chosen group may still run
   uint32_t lone = 0;             // instructions since the last look at other groups
   uint32_t lane_pc[kLanes] = {};
@@ -151,7 +173,8 @@ struct Cluster {
   Dim3 id;
   std::vector<uint64_t> arrivals;  // per thread of the cluster: phases it has arrived for
   uint64_t phase = 0;
-  uint32_t live = 0;
+  uint32_t live = 0, arrived = 0;
+  std::shared_ptr<ClusterClock> clock;
 };
 
 struct Machine {
@@ -166,7 +189,7 @@ struct Machine {
   Random random;
   Counters counters;
   std::string printed;
-  std::vector<unsigned char> params;
+  AlignedBytes params;
   std::unique_ptr<Checker> checker;  // null: no checks
   std::vector<std::unique_ptr<Block>> blocks;      // resident
   std::vector<std::unique_ptr<Cluster>> clusters;  // resident

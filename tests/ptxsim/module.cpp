@@ -137,7 +137,8 @@ class ModuleParser {
   void statement() {
     const std::string_view word = lexer_.word();
     if (word == ".version") {
-      lexer_.word();
+      const std::string version(lexer_.word());
+      m_.version_ = static_cast<int>(std::strtod(version.c_str(), nullptr) * 10 + 0.5);
     } else if (word == ".target") {
       do lexer_.word();
       while (lexer_.accept(','));

@@ -12,6 +12,7 @@
 
 namespace ptxsim {
 
+using WgmmaProduct = void (*)(const unsigned char* a, const unsigned char* b, int n, float* d);
 using OpcodeTable = std::map<std::string_view, Resolver>;
 
 // Compiled once per instruction set of the host; isa_avx2 is used where the CPU has it.
@@ -24,6 +25,7 @@ using OpcodeTable = std::map<std::string_view, Resolver>;
   void add_mma(OpcodeTable& table);                 \
   void resolve_float_arithmetic(Build& b, Type type); \
   Handler move_handler(RowClass row_class);         \
+  WgmmaProduct wgmma_product(Type a, Type b);       \
   }
 PTXSIM_DECLARE_ISA(isa_base)
 PTXSIM_DECLARE_ISA(isa_avx2)

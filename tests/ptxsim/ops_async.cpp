@@ -107,7 +107,10 @@ void wait(Warp& w, const Inst& in) {
 }
 
 void cp(Build& b) {
+  if (b.has("reduce")) return resolve_reduce_bulk(b);
   if (!b.take("async")) b.fail("only cp.async exists");
+  if (b.take("bulk")) return resolve_bulk(b);
+  if (b.take("mbarrier")) return resolve_cp_async_mbarrier(b);
   if (b.take("commit_group")) {
     b.in.fn = commit;
     return;
@@ -123,8 +126,6 @@ void cp(Build& b) {
     b.in.fn = wait;
     return;
   }
-  if (b.take("mbarrier")) return resolve_cp_async_mbarrier(b);
-  if (b.take("bulk")) return resolve_bulk(b);
   b.take("ca"), b.take("cg");
   b.take_space();  // shared, then global
   b.take_space();

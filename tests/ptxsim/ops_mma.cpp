@@ -200,6 +200,38 @@ void mma_f64(Warp& w, const Inst& in) {
   w.machine->counters.mma_flops += 2 * M * 8 * K;
 }
 
+// ---- wgmma ----
+
+template <class A, class B>
+void product(const unsigned char* a, const unsigned char* b, int n, float* d) {
+  constexpr int kK = 32 / static_cast<int>(sizeof(typename A::Store));
+  alignas(64) float left[16][kK];
+  alignas(64) float right[kK][256];
+  for (int i = 0; i < 16; ++i) {
+    typename A::Store row[kK];
+    std::memcpy(row, a + 32 * i, 32);
+    for (int k = 0; k < kK; ++k) left[i][k] = A::get(row[k]);
+  }
+  for (int j = 0; j < n; ++j) {
+    typename B::Store row[kK];
+    std::memcpy(row, b + 32 * j, 32);
+    for (int k = 0; k < kK; ++k) right[k][j] = B::get(row[k]);
+  }
+  for (int i = 0; i < 16; ++i) {
+    float* out = d + i * n;
+    for (int j = 0; j < n; j += 8) {
+      Float8 s;
+      std::memcpy(&s, out + j, 32);
+      for (int k = 0; k < kK; ++k) {
+        Float8 v;
+        std::memcpy(&v, &right[k][j], 32);
+        s += left[i][k] * v;
+      }
+      std::memcpy(out + j, &s, 32);
+    }
+  }
+}
+
 template <int K>
 Handler of_fp8(Type a, Type b, bool f16) {
   const bool a5 = a == Type::kE5M2, b5 = b == Type::kE5M2;
@@ -271,7 +303,32 @@ void mma(Build& b) {
   if (b.in.fn != nullptr && static_cast<int>(b.compiler_operands()) != expected) b.fail("it has a wrong number of registers");
 }
 
+template <class A>
+auto product_by_b(Type b) {
+  using F = void (*)(const unsigned char*, const unsigned char*, int, float*);
+  switch (b) {
+    case Type::kS8: return F{product<A, ElementS8>};
+    case Type::kU8: return F{product<A, ElementU8>};
+    case Type::kE4M3: return F{product<A, ElementE4M3>};
+    default: return F{product<A, ElementE5M2>};
+  }
+}
+
 }  // namespace
+
+// d[16][n] += a times b; a: 16 rows, b: n rows, of 32 bytes each along k.
+WgmmaProduct wgmma_product(Type a, Type b) {
+  switch (a) {
+    case Type::kBF16: return product<ElementBF16, ElementBF16>;
+    case Type::kF16: return product<ElementF16, ElementF16>;
+    case Type::kTF32: return product<ElementTF32, ElementTF32>;
+    case Type::kS8: return product_by_b<ElementS8>(b);
+    case Type::kU8: return product_by_b<ElementU8>(b);
+    case Type::kE4M3: return product_by_b<ElementE4M3>(b);
+    case Type::kE5M2: return product_by_b<ElementE5M2>(b);
+    default: return nullptr;
+  }
+}
 
 void add_mma(OpcodeTable& table) { table["mma"] = mma; }
 

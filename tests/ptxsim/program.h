@@ -41,6 +41,7 @@ struct Inst {
   uint8_t space = 0, size = 0, vec = 1, kind = 0, sem = 0, scope = 0, width = 0, flags = 0;
   int64_t imm = 0;
   int64_t imm2 = 0;
+  void (*product)(const unsigned char*, const unsigned char*, int, float*) = nullptr;  // of wgmma
   uint32_t target = 0;      // of a branch or call: an instruction
   uint32_t line = 0;        // of the PTX
   uint32_t loc = 0;         // index into Program::locs
@@ -150,6 +151,7 @@ class ModuleImpl : public Module {
   std::shared_ptr<const Program> program(const std::string& kernel) const;
   std::string file(uint32_t number) const;
   const std::string& name() const { return name_; }
+  int version() const { return version_; }  // of the PTX, times ten
   bool uses_wgmma() const { return text_.find("wgmma.mma_async") != std::string::npos; }
 
   std::map<std::string, Symbol*, std::less<>> symbols;       // of module scope
@@ -158,6 +160,7 @@ class ModuleImpl : public Module {
  private:
   friend class ModuleParser;
   std::string text_, name_;
+  int version_ = 0;
   std::vector<std::unique_ptr<Symbol>> symbol_store_;
   std::vector<std::unique_ptr<Function>> function_store_;
   std::vector<std::string> entries_;

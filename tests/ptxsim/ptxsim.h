@@ -119,13 +119,13 @@ const char* fault_name(Fault fault);
 
 // The 128 bytes of an emulated CUtensorMap; what cuTensorMapEncodeTiled checks is checked here, and a sentence comes
 // back instead of an error code (empty: none). Sizes and box are innermost first, as in the driver; strides in bytes,
-// without the innermost.
+// without the innermost. element_type is the CUtensorMapDataType; only reductions into a tensor need it.
 struct TensorMap {
   unsigned char opaque[128];
 };
 enum class Swizzle : int { kNone = 0, k32B = 1, k64B = 2, k128B = 3 };
 std::string encode_tensor_map(TensorMap& map, int element_bytes, int rank, const void* base, const uint64_t* sizes,
                               const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
-                              int interleave, Swizzle swizzle, bool nan_fill);
+                              int interleave, Swizzle swizzle, bool nan_fill, int element_type = -1);
 
 }  // namespace ptxsim

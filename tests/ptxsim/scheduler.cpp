@@ -225,7 +225,7 @@ void run_blocks(Machine& m) {
 
   m.threads = static_cast<uint32_t>(threads);
   m.warps = (m.threads + kLanes - 1) / kLanes;
-  m.params.assign(launch.params.begin(), launch.params.end());
+  m.params.assign(launch.params);
   m.memory.add(m.params.data(), m.params.size(), "kernel parameters", true);
   for (const auto& [name, symbol] : m.module.symbols)
     if (symbol->data != nullptr) m.memory.add(symbol->data, symbol->bytes, symbol->name, symbol->space == Space::kConst);
@@ -248,6 +248,8 @@ void run_blocks(Machine& m) {
                   static_cast<uint32_t>(index / m.cluster_grid.x / m.cluster_grid.y)};
     cluster.id = id;
     cluster.phase = 0;
+    cluster.arrived = 0;
+    cluster.clock.reset();
     cluster.live = static_cast<uint32_t>(per_cluster * threads);
     cluster.arrivals.assign(per_cluster * threads, 0);
     for (uint32_t r = 0; r < per_cluster; ++r) {
@@ -316,7 +318,6 @@ void run_blocks(Machine& m) {
       if (cluster.live != 0) continue;
       for (Block* block : cluster.blocks)
         if (m.checker != nullptr) m.checker->end_block(*block);
-      while (land_something(m, true)) {}
       size_t slot = 0;
       while (m.clusters[slot].get() != &cluster) ++slot;
       if (next < clusters) start_cluster(slot);
@@ -344,13 +345,14 @@ std::string describe_waits(Machine& m) {
           if (w.lane_pc[lane] == w.lane_pc[first] && ((w.at_barrier >> lane) & 1) == ((w.at_barrier >> first) & 1)) same |= l & -l;
         }
         const bool barrier = (w.at_barrier >> first) & 1, waits = (w.waiting >> first) & 1;
-        const uint32_t pc = std::min<uint32_t>(barrier && w.lane_pc[first] > 0 ? w.lane_pc[first] - 1 : w.lane_pc[first],
+        const bool poll = !barrier && !waits && ((w.polled >> first) & 1);
+        const uint32_t pc = poll ? w.poll_pc : std::min<uint32_t>(barrier && w.lane_pc[first] > 0 ? w.lane_pc[first] - 1 : w.lane_pc[first],
                                                static_cast<uint32_t>(m.program->code.size() - 1));
         const Inst& in = m.program->code[pc];
         text += "\n  " + block->name() + " warp " + std::to_string(w.index) + " lanes " + lanes_text(same) + ": " +
-                (barrier ? "waits at" : waits ? "waits for lanes of its warp at" : "is at") + " `" + std::string(in.opcode) +
+                (barrier || poll ? "waits at" : waits ? "waits for lanes of its warp at" : "is at") + " `" + std::string(in.opcode) +
                 "` " + describe_location(m.module, *m.program, in);
-        if (!barrier && !waits && ((w.polled >> first) & 1)) text += describe_mbarrier_wait(w);
+        if (poll) text += describe_mbarrier_wait(w);
         rest &= ~same;
       }
     }
