@@ -130,7 +130,7 @@ def test_ldmatrix():
         for lane, row in enumerate(halves(from_table, 8 * tiles, 8)):
             contents[row] = tile[ROW_OF_LANE[lane]]
         expected = contents[torch.tensor(halves(to_table, 32, 2 * tiles))]
-        got = out[first : first + tiles].T.contiguous().view(torch.int16)
+        got = out[first : first + tiles].T.flatten().view(torch.int16).view(32, 2 * tiles)
         assert got.equal(expected), op
         first += tiles
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.ptxsim import sim
-from tests.ptxsim.launching import micro
+from tests.ptxsim.launching import KERNELS, micro
 
 pytestmark = pytest.mark.skipif(sim.absent() is not None, reason=str(sim.absent()))
 
@@ -92,3 +92,19 @@ def test_cluster_exchange(kernel, schedule):
     # Clusters are blocks 0, 1 and 2, 3; each thread gets what its neighbour in the other block has.
     expected = exchanged(given.view(2, 2, 32).flip(1).flatten())
     assert run(kernel, given, blocks=4, cluster=2, arch="sm_90a", **schedule).equal(expected)
+
+
+def test_tma_load_ring(schedule):
+    rows, out = words(32 * 32).view(32, 32), torch.zeros(8, 32, dtype=torch.int32)
+    source = KERNELS / "micro_sm90.cu"
+    args = (sim.TensorMap(rows, (4, 32)), None, out)
+    sim.launch("tma_load_ring", 1, 64, 0, *args, source=source, arch="sm_90a", **schedule)
+    assert out.equal(rows.view(8, 4, 32).sum(1).int())
+
+
+def test_tma_store_twice(schedule):
+    given, rows = words(64).view(2, 32), torch.zeros(2, 32, dtype=torch.int32)
+    source = KERNELS / "micro_sm90.cu"
+    args = (sim.TensorMap(rows, (1, 32)), given, None)
+    sim.launch("tma_store_twice", 1, 32, 0, *args, source=source, arch="sm_90a", **schedule)
+    assert rows.equal(given)

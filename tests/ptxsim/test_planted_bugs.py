@@ -11,6 +11,7 @@ import torch
 
 from tests.ptxsim import sim
 from tests.ptxsim.launching import (
+    KERNELS,
     SHAPES,
     attention,
     first_wrong,
@@ -49,11 +50,12 @@ SINGLE = ("d64-causal-b1-h1/1-sq1-sk1",)
 PLANTED = (
     Planted(1, attention, "missing clamp: reads past the tensor", ("out of bounds",), WHOLE),
     Planted(2, attention, "cp.async wait too weak", ("async in flight",)),
-    Planted(3, attention, "missing __syncthreads after the wait", ("race", "async in flight")),
+    Planted(3, attention, "missing __syncthreads after the wait", ("race", "async in flight", "uninitialized")),
     Planted(4, attention, "wrong B fragment order", (NUMBERS,)),
     Planted(5, attention, "next V tile overwrites the buffer in use", ("async in flight", "race"), SINGLE),
     Planted(6, attention, "missing .trans on ldmatrix", (NUMBERS,)),
-    Planted(7, attention, "barrier reached by one warp only", ("barrier", "divergence", "race")),
+    Planted(7, attention, "barrier reached by one warp only",
+            ("barrier", "divergence", "race", "async in flight", "uninitialized")),
     Planted(8, attention, "shuffle under if (lane < 16)", ("divergence",)),
     Planted(11, layernorm, "reduction: barrier missing after the partial sums", ("uninitialized", "race")),
     Planted(12, layernorm, "reduction: barrier missing before the buffer is reused", ("race",)),
@@ -63,7 +65,8 @@ PLANTED = (
     Planted(31, hopper_gemm, "producer does not wait for a free slot", ("barrier", "race"),
             ("64x64x64-stages4", "100x72x200-stages4")),
     Planted(32, hopper_gemm, "wrong tx count", ("deadlock",)),
-    Planted(33, hopper_gemm, "consumer does not wait for the data", ("uninitialized", "async in flight")),
+    Planted(33, hopper_gemm, "consumer does not wait for the data",
+            ("uninitialized", "async in flight", "race")),
     Planted(34, hopper_gemm, "wgmma k step of 16 bytes instead of 32", (NUMBERS,)),
     Planted(35, hopper_gemm, "missing wgmma.wait_group", (NUMBERS,)),
     Planted(36, attention, "lo/hi swapped in the cvt.rn.bf16x2 wrapper", (NUMBERS,)),
@@ -141,6 +144,7 @@ ORDER = {
     "missing_syncwarp": ("race", {}),
     "cross_block_sum": ("race", {"blocks": 4, "out": 1}),
     "cross_block_read": ("race", {"blocks": 2, "out": 2}),
+    "grid_barrier_without_fence": ("race", {"blocks": 6, "out": 7, "cooperative": True}),
 }
 PARTICIPANTS = {
     "exited_lane_in_mask": ("divergence", {}),
@@ -180,3 +184,24 @@ def test_host_pointer_reported():
         micro("host_pointer", host.data_ptr(), torch.zeros(32, dtype=torch.int32))
     assert raised.value.kind == "out of bounds"
     assert_named(raised.value, "micro.cu", "host_pointer")
+
+
+@pytest.mark.parametrize(
+    "kernel, kinds",
+    [
+        ("tma_load_without_wait", ("uninitialized", "async in flight", "race")),
+        ("tma_store_without_fence", ("proxy",)),
+        ("tma_store_without_wait", ("async in flight", "race")),
+    ],
+)
+@pytest.mark.parametrize("async_mode", ["eager", "lazy", "random"])
+def test_micro_with_tma_reported(kernel, kinds, async_mode):
+    rows = torch.zeros(32, 32, dtype=torch.int32)
+    box = sim.TensorMap(rows, (1 if "store" in kernel else 4, 32))
+    args = (box, torch.zeros(64, dtype=torch.int32), torch.zeros(8, 32, dtype=torch.int32))
+    threads = 32 if "store" in kernel else 64
+    with pytest.raises(sim.Fault) as raised:
+        source = KERNELS / "micro_sm90.cu"
+        sim.launch(kernel, 1, threads, 0, *args, source=source, arch="sm_90a", async_mode=async_mode)
+    assert raised.value.kind in kinds, raised.value
+    assert_named(raised.value, "micro_sm90.cu", kernel)

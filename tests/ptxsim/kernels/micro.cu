@@ -20,6 +20,25 @@ __device__ void exchange(const unsigned* in, unsigned* out, bool synchronised) {
   out[i] = values[i ^ 1];  // [missing_syncwarp]
 }
 
+// One thread of each block: all wait for all, `arrivals` of them.
+__device__ void wait_for_blocks(unsigned* counter, unsigned arrivals, bool fenced) {
+  __threadfence();
+  atomicAdd(counter, 1u);
+  while (atomicAdd(counter, 0u) < arrivals) {
+  }
+  if (fenced) __threadfence();  // or what follows overtakes the loop: atomics of themselves order nothing
+}
+
+// Every block hands its word to the block before it, in place.
+__device__ void around_the_blocks(const unsigned* in, unsigned* out, bool fenced) {
+  if (threadIdx.x != 0) return;
+  out[1 + blockIdx.x] = in[blockIdx.x];
+  wait_for_blocks(out, gridDim.x, true);
+  const unsigned next = out[1 + (blockIdx.x + 1) % gridDim.x];  // [grid_barrier_without_fence]
+  wait_for_blocks(out, 2 * gridDim.x, fenced);
+  out[1 + blockIdx.x] = next;  // [grid_barrier_without_fence]
+}
+
 __device__ unsigned spin_until(volatile const unsigned* word, unsigned value) {
   while (*word != value) {  // [endless_loop]
   }
@@ -119,6 +138,9 @@ MICRO(cross_block_read) {  // two blocks, of which one reads what the other writ
   } else {
     out[1] = out[0];  // [cross_block_read]
   }
+}
+MICRO(grid_barrier_without_fence) {  // cooperative, several blocks; out [1 + blocks], out[0] = 0
+  around_the_blocks(in, out, false);
 }
 
 // ---- To be reported: who takes part ----
@@ -227,17 +249,5 @@ MICRO(last_block_sums) {  // out [1 + blocks], out[0] = 0: the block that arrive
   out[0] = sum;
 }
 MICRO(grid_barrier) {  // cooperative, several blocks; out [1 + blocks], out[0] = 0
-  if (threadIdx.x != 0) return;
-  out[1 + blockIdx.x] = in[blockIdx.x];
-  __threadfence();
-  atomicAdd(out, 1u);
-  while (atomicAdd(out, 0u) < gridDim.x) {
-  }
-  __threadfence();
-  const unsigned next = out[1 + (blockIdx.x + 1) % gridDim.x];
-  __threadfence();
-  atomicAdd(out, 1u);
-  while (atomicAdd(out, 0u) < 2 * gridDim.x) {
-  }
-  out[1 + blockIdx.x] = next;
+  around_the_blocks(in, out, true);
 }

@@ -4,6 +4,8 @@
 using namespace llmkernels::cuda;
 
 #define MICRO(name) extern "C" __global__ void name(const unsigned* in, unsigned* out)
+#define MICRO_TMA(name) \
+  extern "C" __global__ void name(const __grid_constant__ CUtensorMap map, const unsigned* in, unsigned* out)
 
 namespace {
 
@@ -43,6 +45,55 @@ __device__ void exchange(const unsigned* in, unsigned* out, bool synchronised) {
   ptx::cluster_wait();
 }
 
+// Two warps: one fetches rows of 32 words, 4 at a time, through two stages; the other adds them up with ordinary loads.
+// in [32, 32] by way of the map, out [8, 32].
+__device__ void add_rows(const CUtensorMap* map, unsigned* out, bool waits) {
+  constexpr int kStages = 2, kSteps = 8;
+  __shared__ __align__(128) unsigned rows[kStages][4][32];
+  __shared__ uint64_t full[kStages], empty[kStages];
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(ptx::shared_address(full + i), 1);
+      ptx::mbarrier_init(ptx::shared_address(empty + i), 32);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int lane = threadIdx.x % 32;
+  for (int step = 0; step < kSteps; ++step) {
+    const int stage = step % kStages, parity = step / kStages % 2;
+    const uint32_t there = ptx::shared_address(full + stage), read = ptx::shared_address(empty + stage);
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_wait(read, parity ^ 1);
+      ptx::mbarrier_arrive_expect_tx(there, sizeof(rows[0]));
+      ptx::tma_load<2>(ptx::shared_address(rows[stage]), map, there, {0, step * 4});
+    } else if (threadIdx.x >= 32) {
+      if (waits) ptx::mbarrier_wait(there, parity);
+      unsigned sum = 0;
+      for (int i = 0; i < 4; ++i) sum += rows[stage][i][lane];  // [tma_load_without_wait]
+      out[step * 32 + lane] = sum;
+      ptx::mbarrier_arrive(read);
+    }
+  }
+}
+
+// A warp writes two boxes of a row of 32 words out of the same place. in [2, 32]; the map's tensor likewise.
+__device__ void store_rows(const CUtensorMap* map, const unsigned* in, bool fenced, bool waits) {
+  __shared__ __align__(128) unsigned row[32];
+  for (int i = 0; i < 2; ++i) {
+    row[threadIdx.x] = in[i * 32 + threadIdx.x];  // [tma_store_without_wait]
+    if (fenced) ptx::fence_proxy_async();
+    __syncwarp();
+    if (threadIdx.x == 0) {
+      ptx::tma_store<2>(map, ptx::shared_address(row), {0, i});  // [tma_store_without_fence]
+      ptx::bulk_commit();
+      if (waits) ptx::bulk_wait_read<0>();
+    }
+    __syncwarp();
+  }
+  if (threadIdx.x == 0) ptx::bulk_wait<0>();
+}
+
 }  // namespace
 
 // ---- To be reported ----
@@ -65,8 +116,14 @@ MICRO(mbarrier_uninitialised) {
   if (threadIdx.x == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));  // [mbarrier_uninitialised]
   out[threadIdx.x] = in[threadIdx.x];
 }
+MICRO_TMA(tma_load_without_wait) { add_rows(&map, out, false); }
+MICRO_TMA(tma_store_without_fence) { store_rows(&map, in, false, true); }
+MICRO_TMA(tma_store_without_wait) { store_rows(&map, in, true, false); }
 
 // ---- Legal ----
+
+MICRO_TMA(tma_load_ring) { add_rows(&map, out, true); }
+MICRO_TMA(tma_store_twice) { store_rows(&map, in, true, true); }
 
 MICRO(wgmma_with_fence) { product(in, out, true); }
 MICRO(cluster_exchange) { exchange(in, out, true); }
