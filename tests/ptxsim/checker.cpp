@@ -131,6 +131,10 @@ struct Checker::Impl {
     }
   }
 
+  static Readers::Entry entry_of(Epoch e) {
+    return {who_of(e) / kLanes, clock_of(e), 1u << (who_of(e) % kLanes), static_cast<uint8_t>(bytes_of(e)), (e & kStrong) != 0};
+  }
+
   void slow_read(const Touch& a, Cell& cell, uint32_t t, int lane, uint64_t word, uint32_t bytes, uint32_t inst) {
     if (cell.w & kTag) {
       const ByteWriters by = writers[static_cast<uint32_t>(cell.w)];
@@ -153,34 +157,33 @@ struct Checker::Impl {
         return;
       }
       const uint32_t index = readers.take();
-      auto& entries = readers[index].entries;
-      entries.clear();
-      entries.push_back({who_of(r) / kLanes, clock_of(r), 1u << (who_of(r) % kLanes), static_cast<uint8_t>(bytes_of(r)), (r & kStrong) != 0});
+      readers[index].clear();
+      readers[index].add(entry_of(r));
       cell.r = kTag | index;
     }
     cell.r_inst = inst;
-    auto& entries = readers[static_cast<uint32_t>(cell.r)].entries;
+    Readers& entries = readers[static_cast<uint32_t>(cell.r)];
     const uint32_t warp = who / kLanes, lane_bit = 1u << (who % kLanes), clock = c.own[t];
     const bool strong = (now & kStrong) != 0;
-    for (auto& e : entries) {
+    for (uint32_t i = 0; i < entries.count; ++i) {
+      auto& e = entries[i];
       if (e.warp == warp && e.clock == clock && e.bytes == bytes && e.strong == strong) {
         e.lanes |= lane_bit;
         return;
       }
     }
     // What happened before this read need not be kept: whoever is ordered after this read is ordered after that too.
-    for (size_t i = 0; i < entries.size();) {
+    for (uint32_t i = 0; i < entries.count;) {
       auto& e = entries[i];
       const bool old = (e.warp >> (kThreadBits - 5)) == c.block && e.clock < c.phase && (e.warp * kLanes & ((1u << kThreadBits) - 1)) < c.padded;
       if (e.warp == warp && (e.bytes & ~bytes) == 0 && e.strong == strong) e.lanes &= ~lane_bit;
       if (e.lanes == 0 || (old && (e.bytes & ~bytes) == 0)) {
-        e = entries.back();
-        entries.pop_back();
+        entries.remove(i);
       } else {
         ++i;
       }
     }
-    if (entries.size() < 64) entries.push_back({warp, clock, lane_bit, static_cast<uint8_t>(bytes), strong});
+    entries.add({warp, clock, lane_bit, static_cast<uint8_t>(bytes), strong});
   }
 
   void check_readers(const Touch& a, Cell& cell, uint32_t t, int lane, uint64_t word, uint32_t bytes) {
@@ -195,7 +198,8 @@ struct Checker::Impl {
     }
     const auto index = static_cast<uint32_t>(cell.r);
     bool keep = false;
-    for (const auto& e : readers[index].entries) {
+    for (uint32_t i = 0; i < readers[index].count; ++i) {
+      const auto& e = readers[index][i];
       if ((e.bytes & bytes) == 0) {
         keep = true;
         continue;
@@ -291,7 +295,15 @@ struct Checker::Impl {
   void check_state(const Touch& a, BlockShadow& owner, int lane, uint32_t address, uint32_t bytes) {
     uint8_t* state = owner.state.data() + (address - kSharedBase);
     uint8_t all = kKnown, any = 0;
-    for (uint32_t i = 0; i < bytes; ++i) all &= state[i], any |= state[i];
+    if (bytes == 16) {
+      uint64_t low, high;
+      std::memcpy(&low, state, 8), std::memcpy(&high, state + 8, 8);
+      constexpr uint64_t kOnes = 0x0101010101010101u;
+      all = (low & high & kOnes) == kOnes ? kKnown : 0;
+      any = ((low | high) & (kFlying * kOnes)) != 0 ? kFlying : 0;
+    } else {
+      for (uint32_t i = 0; i < bytes; ++i) all &= state[i], any |= state[i];
+    }
     if (any & kFlying) {
       uint32_t i = 0;
       while (!(state[i] & kFlying)) ++i;
@@ -384,20 +396,19 @@ void Checker::shared_range(Warp& w, const Inst& in, Block& owner, uint32_t addre
   for (uint64_t word = address & ~3u; word < uint64_t{address} + bytes; word += 4) {
     Cell& c = cell(word);
     if (c.r & kTag) {
-      auto& entries = s.readers[static_cast<uint32_t>(c.r)].entries;
+      Readers& entries = s.readers[static_cast<uint32_t>(c.r)];
       const uint32_t who = who_of(now);
       bool known = false;
-      for (auto& e : entries)
-        if (e.warp == who / kLanes && e.lanes == 1u << (who % kLanes)) e.clock = clock_of(now), known = true;
-      if (!known && entries.size() < 64) entries.push_back({who / kLanes, clock_of(now), 1u << (who % kLanes), 15, false});
+      for (uint32_t i = 0; i < entries.count; ++i)
+        if (entries[i].warp == who / kLanes && entries[i].lanes == 1u << (who % kLanes)) entries[i].clock = clock_of(now), known = true;
+      if (!known) entries.add(Impl::entry_of(now));
     } else if (c.r == 0 || s.ordered(a, t, c.r) || who_of(c.r) == who_of(now)) {
       c.r = now;
     } else {
       const uint32_t index = s.readers.take();
-      auto& entries = s.readers[index].entries;
-      entries.clear();
-      entries.push_back({who_of(c.r) / kLanes, clock_of(c.r), 1u << (who_of(c.r) % kLanes), static_cast<uint8_t>(bytes_of(c.r)), (c.r & kStrong) != 0});
-      entries.push_back({who_of(now) / kLanes, clock_of(now), 1u << (who_of(now) % kLanes), 15, false});
+      s.readers[index].clear();
+      s.readers[index].add(Impl::entry_of(c.r));
+      s.readers[index].add(Impl::entry_of(now));
       c.r = kTag | index;
     }
     c.r_inst = inst;
@@ -462,13 +473,13 @@ void Checker::warp_sync(Warp& w, uint32_t lanes) {
 
 void Checker::fence(Warp& w, int) {
   BlockClocks& c = impl_->of(*w.block).clocks;
-  impl_->any_fence = true;
+  impl_->any_fence = c.any_fence = true;
   for (uint32_t m = w.mask; m != 0; m &= m - 1) {
     const uint32_t t = Impl::thread(w, __builtin_ctz(m));
     auto& f = c.fences[t];
     if (f.acquired != nullptr) c.learn(t, *f.acquired);
     f.acquired.reset();
-    f.released = std::make_unique<SyncClock>(c.everything(t));
+    f.released = std::make_shared<SyncClock>(c.everything(t));
     ++c.own[t];
   }
 }
@@ -559,8 +570,10 @@ void Checker::acquire_atomic(Warp& w, const Inst& in, const uint64_t* addresses)
     if (in.sem >= 2) {
       c.learn(t, it->second);
     } else {
-      if (c.fences[t].acquired == nullptr) c.fences[t].acquired = std::make_unique<SyncClock>();
-      c.fences[t].acquired->join(it->second);
+      auto seen = c.fences[t].acquired == nullptr ? std::make_shared<SyncClock>() : std::make_shared<SyncClock>(*c.fences[t].acquired);
+      seen->join(it->second);
+      c.fences[t].acquired = seen;
+      c.any_fence = true;
     }
   }
 }

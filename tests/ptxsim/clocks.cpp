@@ -47,6 +47,7 @@ void BlockClocks::start(uint32_t id, uint32_t threads, uint32_t warps) {
   fenced_rows.assign(padded, nullptr);
   fences.clear();
   fences.resize(padded);
+  any_fence = false;
   memo_into_ = memo_from_ = memo_result_ = nullptr;
   (void)threads;
 }
@@ -105,6 +106,7 @@ void BlockClocks::learn(uint32_t t, const SyncClock& from) {
 }
 
 void BlockClocks::meet(const std::vector<uint32_t>& threads, const SyncClock* more) {
+  meet_fences(&threads);
   Row joined;
   std::shared_ptr<SyncClock> other;
   const auto learn_foreign = [&](const SyncClock& from) {
@@ -133,7 +135,28 @@ void BlockClocks::meet(const std::vector<uint32_t>& threads, const SyncClock* mo
   }
 }
 
+// What one thread has made visible by a fence, or has seen without one, holds for all who meet.
+void BlockClocks::meet_fences(const std::vector<uint32_t>* threads) {
+  if (!any_fence) return;
+  const size_t count = threads != nullptr ? threads->size() : padded;
+  const auto thread = [&](size_t i) { return threads != nullptr ? (*threads)[i] : i; };
+  for (auto member : {&Fence::released, &Fence::acquired}) {
+    std::shared_ptr<SyncClock> joined;
+    const SyncClock* last = nullptr;
+    for (size_t i = 0; i < count; ++i) {
+      const auto& one = fences[thread(i)].*member;
+      if (one == nullptr || one.get() == last) continue;
+      last = one.get();
+      if (joined == nullptr) joined = std::make_shared<SyncClock>(*one);
+      else joined->join(*one);
+    }
+    if (joined == nullptr) continue;
+    for (size_t i = 0; i < count; ++i) fences[thread(i)].*member = joined;
+  }
+}
+
 void BlockClocks::meet_all() {
+  meet_fences(nullptr);
   uint32_t latest = 0;
   for (uint32_t t = 0; t < padded; ++t) latest = std::max(latest, own[t]);
   phase = latest + 1;

@@ -22,9 +22,10 @@ class BlockClocks {
   std::vector<uint32_t> fenced, fenced_phase;
   std::vector<Row> fenced_rows;
   struct Fence {
-    std::unique_ptr<SyncClock> released, acquired;
+    std::shared_ptr<const SyncClock> released, acquired;
   };
-  std::vector<Fence> fences;
+  std::vector<Fence> fences;                 // what is visible to all, and what relaxed reads saw but no fence took in
+  bool any_fence = false;
 
   // Does thread `t` know of time `clock` of thread `u` of this block (or of `other`)?
   bool knows(uint32_t t, uint32_t u, uint32_t clock) const;
@@ -37,6 +38,7 @@ class BlockClocks {
   void meet_all();                           // a barrier of the whole block
 
  private:
+  void meet_fences(const std::vector<uint32_t>* threads);  // null: all
   Row memo_into_, memo_from_, memo_result_;
 };
 

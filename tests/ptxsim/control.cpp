@@ -19,7 +19,7 @@ void start_warp(Warp& w, uint32_t lanes) {
   w.next_pc = kNever;
   w.reschedule = w.yield = w.blocked = false;
   w.waiting = w.at_barrier = w.at_cluster = w.polled = 0;
-  w.detour = w.lone = 0;
+  w.lone = 0;
   w.pending_wgmma = false;
   w.async.clear();
   w.wgmma.reset();
@@ -27,7 +27,6 @@ void start_warp(Warp& w, uint32_t lanes) {
 }
 
 bool regroup(Warp& w) {
-  constexpr uint32_t kLonely = 20000, kDetour = 500;
   for (uint32_t m = w.group; m != 0; m &= m - 1) w.lane_pc[__builtin_ctz(m)] = w.pc;
   w.reschedule = false;
   uint32_t ready = w.live & ~w.waiting & ~w.at_barrier;
@@ -57,14 +56,12 @@ bool regroup(Warp& w) {
   w.blocked = false;
   uint32_t lowest = kNever;
   for (uint32_t m = ready; m != 0; m &= m - 1) lowest = std::min(lowest, w.lane_pc[__builtin_ctz(m)]);
-  if (w.lone > kLonely) {  // somebody else's turn
+  if (w.lone > kMostLoops) {  // somebody else's turn
     w.lone = 0;
     uint32_t pick = w.machine->random.below(static_cast<uint32_t>(__builtin_popcount(ready)));
     uint32_t m = ready;
     while (pick-- > 0) m &= m - 1;
-    const uint32_t chosen = w.lane_pc[__builtin_ctz(m)];
-    if (chosen != lowest) w.detour = kDetour;
-    lowest = chosen;
+    lowest = w.lane_pc[__builtin_ctz(m)];
   }
   for (uint32_t m = w.live & ~w.at_barrier; m != 0; m &= m - 1) {
     const uint32_t pc = w.lane_pc[__builtin_ctz(m)];

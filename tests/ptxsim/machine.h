@@ -25,6 +25,7 @@ constexpr uint64_t kLocalBase = 0x100;
 constexpr uint32_t kLocalLimit = 128 << 10;  // bytes of local memory and stack of one thread
 constexpr int kRankShift = 24;               // shared::cluster addresses: (rank + 1) << 24 | address; 0: own block
 constexpr size_t kMostCalls = 4096;
+constexpr uint32_t kMostLoops = 32;           // of one group of lanes before a random one has its turn
 
 struct Machine;
 struct Block;
@@ -110,8 +111,7 @@ struct Warp {
   uint32_t polled = 0;           // lanes whose last try_wait failed ...
   uint64_t poll_event = 0;       // ... when the machine had seen so many events
   uint32_t poll_pc = 0;          // and where that was
-  uint32_t detour = 0;           // instructions that a randomly chosen group may still run
-  uint32_t lone = 0;             // instructions since the last look at other groups
+  uint32_t lone = 0;             // loops while other lanes were elsewhere
   uint32_t lane_pc[kLanes] = {};
   uint32_t frame[kLanes] = {};
   int index = 0;                 // in the block

@@ -13,7 +13,7 @@ namespace {
 
 void branch(Warp& w, const Inst& in) {
   if (w.mask == w.group) {
-    if (in.target < w.pc) ++w.lone;  // only loops can starve others
+    if (in.target < w.pc && w.group != w.live && ++w.lone > kMostLoops) w.reschedule = w.yield = true;  // only loops starve others
     w.pc = in.target;
     return;
   }

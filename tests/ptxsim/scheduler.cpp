@@ -159,10 +159,6 @@ void run_warp(Machine& m, Warp& w, int64_t quantum) {
     }
     in.fn(w, in);
     if (w.reschedule || w.pc >= w.next_pc) {
-      if (w.detour > 0 && !w.reschedule) {  // a random group runs past others for a while
-        if (--w.detour > 0) continue;
-      }
-      w.detour = 0;
       if (!regroup(w)) break;
     }
     if (w.yield) break;

@@ -43,7 +43,27 @@ struct Readers {
     uint8_t bytes;
     bool strong;
   };
-  std::vector<Entry> entries;
+  // A handful in place, the rest (of words that many warps read) behind it; beyond kMost the oldest knowledge is lost.
+  static constexpr uint32_t kInline = 5, kMost = 64;
+  uint32_t count = 0;
+  Entry first[kInline];
+  std::vector<Entry> more;
+
+  Entry& operator[](uint32_t i) { return i < kInline ? first[i] : more[i - kInline]; }
+  void clear() {
+    count = 0;
+    more.clear();
+  }
+  void add(const Entry& e) {
+    if (count >= kMost) return;
+    if (count < kInline) first[count] = e;
+    else more.push_back(e);
+    ++count;
+  }
+  void remove(uint32_t i) {
+    (*this)[i] = (*this)[--count];
+    if (count >= kInline) more.pop_back();
+  }
 };
 
 template <class T>
