@@ -27,6 +27,8 @@ pytestmark = pytest.mark.skipif(sim.absent() is not None, reason=str(sim.absent(
 
 NUMBERS = "wrong numbers"  # no structural check can see it
 
+ASYNC_MODES = ("eager", "lazy", "random")
+
 ATOMIC = {"dweight", "dbias"}  # outputs that depend on the order of the blocks
 
 
@@ -62,7 +64,7 @@ PLANTED = (
     Planted(13, layernorm, "one vector too many (global)", ("out of bounds",)),
     Planted(14, layernorm, "plain += across blocks instead of atomicAdd", ("race",)),
     Planted(21, int8_gemm, "barrier missing before the stage is overwritten", ("race",), ("64x64x64-stages3",)),
-    Planted(31, hopper_gemm, "producer does not wait for a free slot", ("barrier", "race"),
+    Planted(31, hopper_gemm, "producer does not wait for a free slot", ("barrier", "race", "deadlock"),
             ("64x64x64-stages4", "100x72x200-stages4")),
     Planted(32, hopper_gemm, "wrong tx count", ("deadlock",)),
     Planted(33, hopper_gemm, "consumer does not wait for the data",
@@ -85,7 +87,7 @@ ALL_SHAPES = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("async_mode", ["eager", "lazy", "random"])
+@pytest.mark.parametrize("async_mode", ASYNC_MODES)
 @pytest.mark.parametrize("seed", [0, 1])
 @ALL_SHAPES
 def test_right_without_a_bug(kernel, shape, seed, async_mode):
@@ -100,10 +102,11 @@ def test_bitwise_the_same_under_every_schedule(kernel, shape):
         assert first[name][0].equal(second[name][0]), name
 
 
+@pytest.mark.parametrize("async_mode", ASYNC_MODES)
 @pytest.mark.parametrize("planted, shape", [case for planted in PLANTED for case in planted.cases()])
-def test_caught(planted, shape):
+def test_caught(planted, shape, async_mode):
     try:
-        wrong = first_wrong(planted.kernel(shape, bug=planted.number))
+        wrong = first_wrong(planted.kernel(shape, bug=planted.number, async_mode=async_mode))
         seen = NUMBERS if wrong else None
     except sim.Fault as fault:
         assert_named(fault, f"{planted.kernel.__name__}.cu", str(planted.number))
@@ -194,7 +197,7 @@ def test_host_pointer_reported():
         ("tma_store_without_wait", ("async in flight", "race")),
     ],
 )
-@pytest.mark.parametrize("async_mode", ["eager", "lazy", "random"])
+@pytest.mark.parametrize("async_mode", ASYNC_MODES)
 def test_micro_with_tma_reported(kernel, kinds, async_mode):
     rows = torch.zeros(32, 32, dtype=torch.int32)
     box = sim.TensorMap(rows, (1 if "store" in kernel else 4, 32))

@@ -55,7 +55,7 @@ __device__ void consume(Shared& shared, int consumer, int steps, float (&sums)[k
   };
   for (int step = 0; step < steps; ++step) {
     const int stage = step % kStages;
-    if (!kBug<33>) ptx::mbarrier_wait(ptx::shared_address(&shared.full[stage]), parity<kStages>(step));  // [32]
+    if (!kBug<33>) ptx::mbarrier_wait(ptx::shared_address(&shared.full[stage]), parity<kStages>(step));  // [31] [32]
     const uint64_t a = descriptor(shared.a[stage] + consumer * kBoxBytes), b = descriptor(shared.b[stage]);
     ptx::wgmma_fence();
 #pragma unroll
