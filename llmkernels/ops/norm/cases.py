@@ -233,7 +233,7 @@ def test_cases() -> list[NormCase]:
         cases += [NormCase(op, (4, 1025), (1025,), torch.bfloat16), NormCase(op, (1, 5000), (5000,))]
         # Just past what one warp holds, with more rows than a small GPU has blocks at a time.
         cases += [NormCase(op, (40, 1032), (1032,), torch.bfloat16), NormCase(op, (40, 1030), (1030,))]
-        cases += [NormCase(op, shape, shape[-1:]) for shape in ((0, 16), (4, 0), (16,))]
+        cases += [NormCase(op, shape, shape[-1:]) for shape in ((0, 16), (4, 0), (16,), (33,))]
     return cases
 
 
