@@ -13,7 +13,7 @@ KERNELS = Path(__file__).with_name("kernels")
 
 
 def attention(nvcc, length, bug=0, **options):
-    module = core.Module(nvcc(KERNELS / "attention.cu", "sm_80", f"-DBUG={bug}"), "attention.ptx")
+    module = core.Module(nvcc(KERNELS / "attention_tile.cu", "sm_80", f"-DBUG={bug}"), "attention_tile.ptx")
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, length, 64).bfloat16() for _ in range(3))
     out = torch.full_like(q, float("nan"))
@@ -44,7 +44,7 @@ def test_attention_bugs(nvcc, bug):
         assert result.fault == Fault.NONE and not error < 0.1
     else:
         assert result.fault == expected or (expected is None and result.fault), result.message
-        assert "attention.cu:" in result.message
+        assert "attention_tile.cu:" in result.message
 
 
 def gemm(nvcc, m, n, k, stages, bug=0, **options):
