@@ -1,8 +1,9 @@
 """What the scalar conformance kernels should compute: for each word that a thread puts, the instruction and its result.
 
 A row is (instruction, kind, expected). The kind says how words are compared: "bits" exactly; "f32", "f16x2", "bf16x2"
-likewise, but any NaN is as good as another; "approx" as floats, to the relative error given as a fourth member, where
-the expected value is finite. Rows of 64 bits are two words, low first, and kinds "bits64" and "f64".
+likewise, but any NaN is as good as another; "fp8x2" but for the signs of zeros, which .relu leaves open; "approx" as
+floats, to the relative error given as a fourth member, where the expected value is finite. Rows of 64 bits are two
+words, low first, and kinds "bits64" and "f64".
 """
 
 import math
@@ -401,9 +402,9 @@ def fp8_conversions(x, y, z) -> Iterator[Row]:
     a, b = _floats(x), _floats(y)
     low, high = _halves(x, False)
     for to, name in ((E4M3, "e4m3x2"), (E5M2, "e5m2x2")):
-        yield f"cvt.rn.satfinite.{name}.f32", "bits", _fp8_bits(a, to) << 8 | _fp8_bits(b, to)
+        yield f"cvt.rn.satfinite.{name}.f32", "fp8x2", _fp8_bits(a, to) << 8 | _fp8_bits(b, to)
         positive = _fp8_bits(_relu(a), to) << 8 | _fp8_bits(_relu(b), to)
-        yield f"cvt.rn.satfinite.relu.{name}.f32", "bits", positive
+        yield f"cvt.rn.satfinite.relu.{name}.f32", "fp8x2", positive
         yield f"cvt.rn.satfinite.{name}.f16x2", "bits", _fp8_bits(high, to) << 8 | _fp8_bits(low, to)
         wide = [_half_bits(_from_fp8(x >> shift & 0xFF, to)) for shift in (0, 8)]
         yield f"cvt.rn.f16x2.{name}", "f16x2", wide[1] << 16 | wide[0]

@@ -153,9 +153,11 @@ MICRO(barrier_short_of_threads) {  // two warps, of which one comes
   if (threadIdx.x < 32) ptx::named_barrier_sync(1, 64);
   out[threadIdx.x] = in[threadIdx.x];
 }
-MICRO(barrier_under_divergence) {
+MICRO(barrier_under_divergence) {  // half of the warp is at another barrier of the program
   if (threadIdx.x % 32 < 16) __syncthreads();  // [barrier_under_divergence]
   out[threadIdx.x] = in[threadIdx.x];
+  __syncthreads();  // [barrier_under_divergence]
+  out[threadIdx.x] += in[threadIdx.x];
 }
 MICRO(two_barriers_deadlock) {  // two warps
   const int warp = threadIdx.x / 32;
