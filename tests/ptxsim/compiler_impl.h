@@ -87,6 +87,8 @@ class Compiler {
   Scope* scope_now_ = nullptr;
 };
 
+bool special_is_wide(Special special);
+RowClass row_class(Type type);
 bool is_call(const Inst& inst);
 
 }  // namespace ptxsim

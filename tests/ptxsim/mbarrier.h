@@ -9,7 +9,7 @@
 
 namespace ptxsim {
 
-struct MBarrier {
+struct MBarrier : std::enable_shared_from_this<MBarrier> {  // a copy in flight may outlive its place
   uint32_t expected = 0, pending = 0;
   int64_t tx = 0;        // bytes announced and not yet there; may be negative for a while
   uint64_t phase = 0;

@@ -16,10 +16,10 @@ Resolver find_resolver(std::string_view base) {
   static const OpcodeTable table = [] {
     OpcodeTable t;
     if (host_has_avx2()) {
-      isa_avx2::add_integer(t), isa_avx2::add_float(t), isa_avx2::add_convert(t), isa_avx2::add_compare(t);
+      isa_avx2::add_integer(t), isa_avx2::add_bits(t), isa_avx2::add_float(t), isa_avx2::add_convert(t), isa_avx2::add_compare(t);
       isa_avx2::add_mma(t);
     } else {
-      isa_base::add_integer(t), isa_base::add_float(t), isa_base::add_convert(t), isa_base::add_compare(t);
+      isa_base::add_integer(t), isa_base::add_bits(t), isa_base::add_float(t), isa_base::add_convert(t), isa_base::add_compare(t);
       isa_base::add_mma(t);
     }
     add_move(t), add_control(t), add_memory(t), add_atomic(t), add_warp(t), add_matrix(t), add_barrier(t);

@@ -19,6 +19,7 @@ using OpcodeTable = std::map<std::string_view, Resolver>;
 #define PTXSIM_DECLARE_ISA(isa)                     \
   namespace isa {                                   \
   void add_integer(OpcodeTable& table);             \
+  void add_bits(OpcodeTable& table);                \
   void add_float(OpcodeTable& table);               \
   void add_convert(OpcodeTable& table);             \
   void add_compare(OpcodeTable& table);             \

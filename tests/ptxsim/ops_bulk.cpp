@@ -269,7 +269,7 @@ void bulk(Warp& w, const Inst& in) {
       uint32_t barrier = static_cast<uint32_t>(barrier_address);
       if (in.scope) barrier = (target->rank + 1) << kRankShift | (barrier & ((1u << kRankShift) - 1));
       Block* barrier_owner = nullptr;
-      MBarrier* signal = &find_mbarrier(w, in, barrier, lane, &barrier_owner);
+      const std::shared_ptr<MBarrier> signal = find_mbarrier(w, in, barrier, lane, &barrier_owner).shared_from_this();
       Warp* warp = &w;
       const Inst* inst = &in;
       start_operation(*m, [=] {

@@ -118,7 +118,7 @@ void store_async(Warp& w, const Inst& in) {
     for (int v = 0; v < in.vec; ++v) values.push_back(w.row<R>(o[1 + v])[lane]);
     Warp* warp = &w;
     Block* target = &owner;
-    MBarrier* signal = &barrier;
+    const std::shared_ptr<MBarrier> signal = barrier.shared_from_this();
     const Inst* inst = &in;
     start_operation(*w.machine, [=] {
       if (inst->kind) {

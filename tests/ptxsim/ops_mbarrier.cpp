@@ -274,7 +274,7 @@ void cp_async_arrive(Warp& w, const Inst& in) {
     auto known = std::make_shared<SyncClock>();
     if (w.machine->checker != nullptr) *known = w.machine->checker->snapshot(w, lane);
     Warp* warp = &w;
-    MBarrier* target = &barrier;
+    const std::shared_ptr<MBarrier> target = barrier.shared_from_this();
     const Inst* inst = &in;
     start_operation(*w.machine, [=] {
       for (AsyncCopy& copy : *copies) {

@@ -49,3 +49,52 @@ def test_all_forward_kernels(module):
         want = s * torch.rsqrt((s * s).mean(-1, keepdim=True) + 1e-5) * weight.double() + bias.double()
         tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
         assert torch.allclose(y.double(), want, rtol=tolerance, atol=tolerance), name
+
+
+BWD_NAME = re.compile(r"norm_bwd_(long_|columns_|reduce_)?kernelI(d|f|13__nv_bfloat16|6__half)(?:LNS_8NormKindE([01])ELi(\d+)E(?:Li(\d+)E)?(?:Lb([01])E)?)?E")
+
+
+def test_all_backward_kernels(nvcc):
+    module = core.Module(nvcc(core.ROOT / "csrc/ops/norm/norm_bwd.cu", "sm_80", "-I", str(core.ROOT / "csrc")), "norm_bwd.ptx")
+    assert len(module.kernels()) == 76
+    for number, name in enumerate(module.kernels()):
+        form, kind, norm, vector, vectors, block = BWD_NAME.search(name).groups()
+        dtype, code = TYPES[kind]
+        norm, vector, block, form = int(norm or 0), int(vector or 1), block == "1", form or ""
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        threads = 64 if block else 128
+        cols = vector * int(vectors) * (threads if block else 32) - 3 * vector if vectors else 75 * vector
+        rows, blocks = 7, 3
+        torch.manual_seed(number)
+        x, dy, dresidual = (torch.randn(rows, cols).to(dtype) for _ in range(3))
+        weight = torch.randn(cols).to(dtype)
+        mean = x.to(acc).mean(-1) if norm == 0 else torch.zeros(rows, dtype=acc)
+        rstd = torch.rsqrt(((x.to(acc) - mean[:, None]) ** 2).mean(-1) + 1e-5)
+        dx, dweight, dbias = torch.full_like(x, float("nan")), torch.full((cols,), float("nan"), dtype=dtype), torch.full((cols,), float("nan"), dtype=dtype)
+        sums = 2 if norm == 0 else 1
+        partial = torch.full((sums, blocks, cols), float("nan"), dtype=acc)
+        if form == "reduce_":
+            partial = torch.randn(sums, blocks, cols, dtype=acc)
+        # Every pointer but the bias of rms_norm, in the order of NormBwdParams.
+        tensors = [dy, dresidual, x, weight, mean, rstd, dx, dweight, dbias, partial]
+        pointers = [0 if t is mean and norm == 1 or t is dbias and norm == 1 else t.data_ptr() for t in tensors]
+        params = struct.pack("<10Q6qd3i4x", *pointers, blocks, rows, cols, cols, cols, cols, 0.5, code, code, norm)
+        pieces = -(-cols // (32 * vector))
+        grid = {"columns_": (pieces, blocks), "reduce_": (-(-cols // 32), sums)}.get(form, blocks)
+        with core.registered(*tensors):
+            result = module.launch(name, grid, (32, 8) if form in ("columns_", "reduce_") else threads, [params], seed=number)
+        assert not result.fault, (name, result.message)
+
+        tolerance = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+        close = lambda a, b: torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance)  # noqa: E731
+        xhat = (x.double() - mean.double()[:, None]) * rstd.double()[:, None]
+        g = dy.double() * (weight.double() + 0.5)
+        if form in ("", "long_"):
+            want = g - xhat * (g * xhat).mean(-1, keepdim=True) - (g.mean(-1, keepdim=True) if norm == 0 else 0)
+            assert close(dx, want * rstd.double()[:, None] + dresidual.double()), name
+        if form in ("", "columns_"):
+            # Of the sums only float32 accumulation is lost: the operands are exact in it.
+            assert torch.allclose(partial[0].sum(0).double(), (dy.double() * xhat).sum(0), atol=1e-4), name
+            assert norm == 1 or torch.allclose(partial[1].sum(0).double(), dy.double().sum(0), atol=1e-4), name
+        if form == "reduce_":
+            assert close(dweight, partial[0].sum(0)) and close(dbias, partial[1].sum(0)), name
