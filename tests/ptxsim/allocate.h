@@ -10,5 +10,6 @@ void allocate_rows(Compiler& compiler);
 bool is_branch(const Inst& inst);
 bool is_indexed_branch(const Inst& inst);
 bool ends_flow(const Inst& inst);
+bool is_move32(const Inst& inst);  // one that carries pending values of wgmma along
 
 }  // namespace ptxsim

@@ -96,7 +96,8 @@ _library: ctypes.CDLL | None = None
 def library() -> ctypes.CDLL:
     global _library
     if _library is None:
-        lib = ctypes.CDLL(str(build()))
+        # A library built elsewhere, with sanitizers for instance.
+        lib = ctypes.CDLL(os.environ.get("PTXSIM_LIBRARY") or str(build()))
         lib.ptxsim_load.restype = ctypes.c_void_p
         lib.ptxsim_symbol.restype = ctypes.c_void_p
         for name in ("ptxsim_kernels", "ptxsim_describe", "ptxsim_encode_tensor_map"):

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "access.h"
+#include "allocate.h"
 #include "checker.h"
 #include "compiler_impl.h"
 #include "machine.h"

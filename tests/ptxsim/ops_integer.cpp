@@ -271,6 +271,28 @@ void carry(Warp& w, const Inst& in) {
   if (in.imm) flag = (flag & ~w.mask) | (out & w.mask);
 }
 
+// mad.cc and madc: o: d, flag, a, b, c, flag. kind: takes the carry in; imm: gives it out; size: the high half.
+template <class T>
+void mad_carry(Warp& w, const Inst& in) {
+  using V = typename T::V;
+  const auto* a = w.row<V>(in.o[2]);
+  const auto* b = w.row<V>(in.o[3]);
+  const auto* c = w.row<V>(in.o[4]);
+  uint32_t& flag = *w.row<uint32_t>(in.o[1]);
+  const uint32_t before = in.kind ? flag : 0;
+  alignas(64) V t[kLanes];
+  uint32_t out = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    const auto product = static_cast<Wide<V>>(a[i]) * b[i];
+    V r = static_cast<V>(in.size ? product >> (8 * sizeof(V)) : product);
+    const bool o1 = __builtin_add_overflow(r, c[i], &r), o2 = __builtin_add_overflow(r, static_cast<V>((before >> i) & 1), &r);
+    t[i] = r;
+    out |= static_cast<uint32_t>(o1 || o2) << i;
+  }
+  keep_lanes(w.row<V>(in.o[0]), t, w.mask);
+  if (in.imm) flag = (flag & ~w.mask) | (out & w.mask);
+}
+
 template <class T, int kForm>  // popc, clz, bfind, bfind.shiftamt
 void count_bits(Warp& w, const Inst& in) {
   using V = typename T::V;
@@ -478,7 +500,23 @@ void mul(Build& b) {
 
 void mad(Build& b) {
   const int form = b.take_one({"lo", "hi", "wide"}, -1);
-  if (b.has("cc")) b.fail("carry of a multiply-add is not implemented");
+  if (b.has("cc") || b.base == "madc") {
+    b.in.imm = b.take("cc");
+    b.in.kind = b.base == "madc";
+    b.in.size = form == 1;
+    const Type type = unsigned_of(b.need_type());
+    const Type plain = type == Type::kS32 ? Type::kU32 : type == Type::kS64 ? Type::kU64 : type;
+    if (form == 2 || (form == 1 && plain != type)) b.fail("this carry of a multiply-add is not implemented");
+    b.operands(4, 4);
+    b.dst(0, plain);
+    ++b.in.defs;
+    b.append(b.compiler_flag());
+    b.src(1, plain), b.src(2, plain), b.src(3, plain);
+    b.append(b.compiler_flag());
+    b.in.inout = true;
+    b.in.fn = PTXSIM_PICK((mad_carry<T>), plain, U32, U64);
+    return;
+  }
   const Type type = b.need_type();
   if (is_float(type)) return resolve_float_arithmetic(b, type);
   b.operands(4, 4);
@@ -684,7 +722,7 @@ Handler move_handler(RowClass row_class) {
 
 void add_integer(OpcodeTable& table) {
   for (const Opcode& opcode : {Opcode{"add", add_any}, {"sub", sub_any}, {"addc", carries}, {"subc", carries}, {"mul", mul},
-                               {"mad", mad}, {"mul24", mul24}, {"mad24", mad24}, {"sad", sad}, {"div", div}, {"rem", rem},
+                               {"mad", mad}, {"madc", mad}, {"mul24", mul24}, {"mad24", mad24}, {"sad", sad}, {"div", div}, {"rem", rem},
                                {"min", min_max<Min>}, {"max", min_max<Max>}, {"abs", abs_neg<Abs>}, {"neg", abs_neg<Neg>},
                                {"and", and_}, {"or", or_}, {"xor", xor_}, {"not", not_}, {"cnot", cnot},
                                {"shl", shifts<Shl>}, {"shr", shifts<Shr>}, {"shf", shf}, {"popc", counting<0>},

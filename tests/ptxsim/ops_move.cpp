@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "access.h"
+#include "allocate.h"
 #include "compiler_impl.h"
 #include "lanes.h"
 #include "opcodes.h"
@@ -267,6 +268,8 @@ void getctarank(Build& b) {
 }
 
 }  // namespace
+
+bool is_move32(const Inst& inst) { return inst.fn == move32; }
 
 void add_move(OpcodeTable& table) {
   table["mov"] = mov;

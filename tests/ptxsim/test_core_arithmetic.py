@@ -131,6 +131,16 @@ def test_carry_chains():
     assert np.array_equal(elementwise.one(text, ["b32"] * 3, "b32", [a, b, c], np.uint32), want)
 
 
+def test_wide_product_by_carries():
+    a, b = (RNG.integers(0, 2**64, 64, dtype=np.uint64) for _ in range(2))
+    text = """{{ .reg .b32 %l, %h, %x, %y, %r<4>; mov.b64 {{%l, %h}}, {a}; mov.b64 {{%x, %y}}, {b};
+    mul.hi.u32 %r0, %l, %x; mad.lo.cc.u32 %r0, %l, %y, %r0; madc.hi.u32 %r1, %l, %y, 0;
+    mad.lo.cc.u32 %r0, %h, %x, %r0; madc.hi.cc.u32 %r1, %h, %x, %r1; addc.u32 %r2, 0, 0;
+    mad.lo.cc.u32 %r1, %h, %y, %r1; madc.hi.u32 %r2, %h, %y, %r2; mov.b64 {d}, {{%r1, %r2}}; }}"""
+    want = np.array([int(x) * int(y) >> 64 for x, y in zip(a, b)], dtype=np.uint64)
+    assert np.array_equal(elementwise.one(text, ["b64"] * 2, "b64", [a, b], np.uint64), want)
+
+
 SPECIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-40, -1e-42, 65504.0, 3e38, 0.5, 1.5, 2.5, -2.5, 1e-8]
 
 
