@@ -95,11 +95,6 @@ def entries(op: str) -> tuple[Backend, ...]:
         raise ValueError(f"unknown op {op!r}; known: {', '.join(_registry)}") from None
 
 
-def has(op: str, name: str) -> bool:
-    """Whether `op` has a backend of this name."""
-    return (op, name) in _by_name
-
-
 def entry(op: str, name: str) -> Backend:
     """One backend of `op` by its name."""
     return _by_name[op, name]

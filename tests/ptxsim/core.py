@@ -203,7 +203,7 @@ class Module:
 
         def three(value):
             value = (value,) if isinstance(value, int) else tuple(value)
-            return (ctypes.c_uint32 * 3)(*(value + (1, 1, 1))[:3])
+            return (ctypes.c_uint32 * 3)(*(*value, 1, 1, 1)[:3])
 
         request = _Launch(kernel.encode(), three(grid), three(block), three(cluster), shared, bytes(params), len(params),
                           seed, int(check), asynchronous, max_instructions, resident, int(cooperative), arch.encode())  # fmt: skip

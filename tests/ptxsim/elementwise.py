@@ -23,7 +23,9 @@ def source(name: str, instruction: str, inputs: list[str], output: str) -> str:
         letter = "abce"[i]
         names[letter] = f"%{letter}"
         lines.append(f".reg .{_register(kind)} %{letter};")
-        lines.append(f"ld.param.u64 %rd{i}, [in{i}]; mul.wide.u32 %rd10, %r3, {BYTES[kind]}; add.s64 %rd{i}, %rd{i}, %rd10;")
+        lines.append(
+            f"ld.param.u64 %rd{i}, [in{i}]; mul.wide.u32 %rd10, %r3, {BYTES[kind]}; add.s64 %rd{i}, %rd{i}, %rd10;"
+        )
         loaded = kind if kind in ("f32", "f64") else f"b{8 * BYTES[kind]}"
         lines.append(f"ld.global.{loaded} %{letter}, [%rd{i}];")
     lines.append(instruction.format(d="%p0" if output == "pred" else "%d", **names) + ";")

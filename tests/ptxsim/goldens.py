@@ -64,7 +64,7 @@ def difference(case: golden_cases.Case, got: torch.Tensor, expected: torch.Tenso
 
 
 def compare(cases: Iterable[golden_cases.Case], expected: dict[str, torch.Tensor]) -> list[str]:
-    """Sentences about the cases that do not run, and, where a GPU's result is known, about those that differ from it."""
+    """Sentences about the cases that do not run, and about those that differ from a GPU where its result is known."""
     wrong = []
     for case in cases:
         try:

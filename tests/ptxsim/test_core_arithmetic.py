@@ -85,12 +85,14 @@ def test_logic_and_bits():
     def prmt(x, y, s):
         source = [((y << 32 | x) >> (8 * i)) & 255 for i in range(8)]
         pick = [(s >> (4 * i)) & 15 for i in range(4)]
-        return sum((source[k & 7] if k < 8 else (255 if source[k & 7] & 128 else 0)) << (8 * i) for i, k in enumerate(pick))
+        return sum(
+            (source[k & 7] if k < 8 else (255 if source[k & 7] & 128 else 0)) << (8 * i) for i, k in enumerate(pick)
+        )
 
     def lop3(x, y, z, table):
         return sum(((table >> ((x >> i & 1) << 2 | (y >> i & 1) << 1 | (z >> i & 1))) & 1) << i for i in range(32))
 
-    I = lambda array: [int(v) for v in array]  # noqa: E731
+    I = lambda array: [int(v) for v in array]
     table = {
         "and.b32 {d}, {a}, {b}": ([a, b], a & b), "xor.b32 {d}, {a}, {b}": ([a, b], a ^ b), "not.b32 {d}, {a}": ([a], ~a),
         "cnot.b32 {d}, {a}": ([a], (a == 0)), "popc.b32 {d}, {a}": ([a], [v.bit_count() for v in I(a)]),
@@ -151,7 +153,9 @@ def floats(dtype, n=256):
 
 
 def same(got, want):
-    return np.array_equal(got, want, equal_nan=True) and np.array_equal(np.signbit(got[~np.isnan(want)]), np.signbit(want[~np.isnan(want)]))
+    return np.array_equal(got, want, equal_nan=True) and np.array_equal(
+        np.signbit(got[~np.isnan(want)]), np.signbit(want[~np.isnan(want)])
+    )
 
 
 @pytest.mark.parametrize("kind", ["f32", "f64"])
@@ -170,7 +174,7 @@ def test_float_arithmetic(kind):
             table["min.NaN.f32 {d}, {a}, {b}"] = np.minimum(a, b)
             table["max.NaN.f32 {d}, {a}, {b}"] = np.maximum(a, b)
             table["add.sat.f32 {d}, {a}, {b}"] = np.where(np.isnan(a + b), 0, np.clip(a + b, 0, 1)).astype(np.float32)
-            tiny = lambda v: np.where(np.abs(v) < 2.0**-126, np.copysign(np.float32(0), v), v)  # noqa: E731
+            tiny = lambda v: np.where(np.abs(v) < 2.0**-126, np.copysign(np.float32(0), v), v)
             table["mul.ftz.f32 {d}, {a}, {b}"] = tiny(tiny(a) * tiny(b))
     cases = {k: (k, [kind] * (("{b}" in k) + 1), kind) for k in table}
     got = elementwise.run(cases, {k: [a, b][: ("{b}" in k) + 1] for k in table}, {k: dtype for k in table})
@@ -184,7 +188,13 @@ def test_float_arithmetic(kind):
         ok = np.isfinite(exact)
         assert np.allclose(got[ok].astype(np.float64), exact[ok].astype(np.float32), rtol=2e-7)
         x = np.float32(1 + 2**-12)
-        got = elementwise.one("fma.rn.f32 {d}, {a}, {a}, {b}", ["f32"] * 2, "f32", [np.full(32, x), np.full(32, -np.float32(x * x))], np.float32)
+        got = elementwise.one(
+            "fma.rn.f32 {d}, {a}, {a}, {b}",
+            ["f32"] * 2,
+            "f32",
+            [np.full(32, x), np.full(32, -np.float32(x * x))],
+            np.float32,
+        )
         assert got[0] == np.float32(np.float64(x) * np.float64(x) - np.float64(np.float32(x * x))) != 0  # one rounding
 
 
@@ -195,20 +205,30 @@ def test_directed_rounding():
     down = np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
     up = np.where(near < exact, np.nextafter(near, np.float32(np.inf)), near)
     for mode, want in (("rm", down), ("rp", up), ("rz", np.where(exact > 0, down, up)), ("rn", near)):
-        assert np.array_equal(elementwise.one(f"mul.{mode}.f32 {{d}}, {{a}}, {{b}}", ["f32"] * 2, "f32", [a, b], np.float32), want), mode
+        assert np.array_equal(
+            elementwise.one(f"mul.{mode}.f32 {{d}}, {{a}}, {{b}}", ["f32"] * 2, "f32", [a, b], np.float32), want
+        ), mode
 
 
 def test_approximations():
-    x = np.concatenate([RNG.uniform(-20, 20, 224), [0, -0.0, 150, -160, np.inf, -np.inf, np.nan, 127.5] * 4]).astype(np.float32)
+    x = np.concatenate([RNG.uniform(-20, 20, 224), [0, -0.0, 150, -160, np.inf, -np.inf, np.nan, 127.5] * 4]).astype(
+        np.float32
+    )
     wide = x.astype(np.float64)
     with np.errstate(all="ignore"):
         table = {
             "ex2.approx.f32": np.exp2(wide), "lg2.approx.f32": np.log2(wide), "rcp.approx.f32": 1 / wide, "rsqrt.approx.f32": 1 / np.sqrt(wide),
             "sqrt.approx.f32": np.sqrt(wide), "sin.approx.f32": np.sin(wide), "cos.approx.f32": np.cos(wide), "tanh.approx.f32": np.tanh(wide),
         }  # fmt: skip
-        got = elementwise.run({k: (f"{k} {{d}}, {{a}}", ["f32"], "f32") for k in table}, {k: [x] for k in table}, {k: np.float32 for k in table})
+        got = elementwise.run(
+            {k: (f"{k} {{d}}, {{a}}", ["f32"], "f32") for k in table},
+            {k: [x] for k in table},
+            {k: np.float32 for k in table},
+        )
         for key, want in table.items():
-            assert np.allclose(got[key], want.astype(np.float32), rtol=3e-7, atol=3e-7 if key[0] in "sc" else 1e-44, equal_nan=True), key
+            assert np.allclose(
+                got[key], want.astype(np.float32), rtol=3e-7, atol=3e-7 if key[0] in "sc" else 1e-44, equal_nan=True
+            ), key
 
 
 def test_comparisons():

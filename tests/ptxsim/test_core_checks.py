@@ -134,7 +134,9 @@ LEGAL = {
 @pytest.mark.parametrize("seed", range(4))
 def test_legal_pattern_raises_nothing(run, name, seed):  # noqa: F811
     grid, block, source = LEGAL[name]
-    check(run(source, [np.zeros(512, np.int32)], grid=grid, block=block, seed=seed, max_instructions=1 << 20), Fault.NONE)
+    check(
+        run(source, [np.zeros(512, np.int32)], grid=grid, block=block, seed=seed, max_instructions=1 << 20), Fault.NONE
+    )
 
 
 def test_counters(run):  # noqa: F811
@@ -156,5 +158,8 @@ def test_counters(run):  # noqa: F811
 
 def test_seeds_repeat(run):  # noqa: F811
     source = BUGS["sum across blocks"][3]
-    messages = {run(source, [np.zeros(256, np.int32)], grid=8, block=128, seed=5).message.split("global address")[0] for _ in range(3)}
+    messages = {
+        run(source, [np.zeros(256, np.int32)], grid=8, block=128, seed=5).message.split("global address")[0]
+        for _ in range(3)
+    }
     assert len(messages) == 1

@@ -96,8 +96,11 @@ def test_assert_and_trap(run):
 
 
 def test_device_globals(run, nvcc):
-    source = PRELUDE + """__device__ int counter; __constant__ float table[4] = {1, 2, 3, 4};
+    source = (
+        PRELUDE
+        + """__device__ int counter; __constant__ float table[4] = {1, 2, 3, 4};
     extern "C" __global__ void kernel(float* out, int i) { atomicAdd(&counter, 1); out[threadIdx.x] = table[(threadIdx.x + i) & 3]; }"""
+    )
     module = core.Module(nvcc(source), "kernel.ptx")
     out = np.zeros(32, np.float32)
     for _ in range(2):
@@ -127,7 +130,9 @@ def test_bounds(run):
         out[threadIdx.x + by] = 1;  // HERE
     }"""
     check(run(source, [out, 32]), Fault.NONE)
-    check(run(source, [out, 33], names=["out"]), Fault.OUT_OF_BOUNDS, source, "4 bytes past the end of `out`", "lane 31")
+    check(
+        run(source, [out, 33], names=["out"]), Fault.OUT_OF_BOUNDS, source, "4 bytes past the end of `out`", "lane 31"
+    )
     check(run(source, [out, -1], names=["out"]), Fault.OUT_OF_BOUNDS, source, "lane 0")
     check(run(source, [0, 0]), Fault.OUT_OF_BOUNDS, source, "null")
     check(run(source, [0x10000000000, 0]), Fault.OUT_OF_BOUNDS, source)

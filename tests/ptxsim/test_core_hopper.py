@@ -161,7 +161,9 @@ def test_missing_proxy_fence(nvcc):
     x, data = np.zeros((8, 8), np.uint16), np.zeros(128, np.uint8)
     descriptor = core.tensor_map(x, [8, 8], [16], [8, 8], element_bytes=2)
     with core.registered(x):
-        result = core.Module(nvcc(source, "sm_90a"), "tma.ptx").launch("kernel", 1, 32, [descriptor, data, 0, 0, 0, 0, 0], shared=128, arch="sm_90a", raises=False)
+        result = core.Module(nvcc(source, "sm_90a"), "tma.ptx").launch(
+            "kernel", 1, 32, [descriptor, data, 0, 0, 0, 0, 0], shared=128, arch="sm_90a", raises=False
+        )
     check(result, Fault.PROXY)
 
 
@@ -170,7 +172,9 @@ def test_unwaited_bulk_store(nvcc):
     x, data = np.zeros((8, 8), np.uint16), np.zeros(128, np.uint8)
     descriptor = core.tensor_map(x, [8, 8], [16], [8, 8], element_bytes=2)
     with core.registered(x):
-        result = core.Module(nvcc(source, "sm_90a"), "tma.ptx").launch("kernel", 1, 32, [descriptor, data, 0, 0, 0, 0, 0], shared=128, arch="sm_90a", raises=False)
+        result = core.Module(nvcc(source, "sm_90a"), "tma.ptx").launch(
+            "kernel", 1, 32, [descriptor, data, 0, 0, 0, 0, 0], shared=128, arch="sm_90a", raises=False
+        )
     check(result, Fault.ASYNC_IN_FLIGHT)
 
 

@@ -55,13 +55,17 @@ def test_mma(shape):
     elements = m // 4
     where = [[(lane // 4 + 8 * (e >> 1), 2 * (lane % 4) + (e & 1)) for lane in range(32)] for e in range(elements)]
     c_values = np.array([[c[rc] for rc in row] for row in where]).astype(dtype)
-    c_regs = c_values if d_kind != "f16" else np.stack([c_values[0::2], c_values[1::2]], -1).copy().view(np.uint32)[..., 0]
+    c_regs = (
+        c_values if d_kind != "f16" else np.stack([c_values[0::2], c_values[1::2]], -1).copy().view(np.uint32)[..., 0]
+    )
     wide, reg = a_kind == "f64", "b64" if a_kind == "f64" else "b32"
     acc_reg = {"f32": "f32", "f64": "f64", "s32": "b32", "f16": "b32"}[d_kind]
     size = 8 if wide else 4
     na, nb, nc = len(a_regs), len(b_regs), len(c_regs)
-    load = lambda n, name, base, kind: "".join(f"ld.global.{kind} %{name}{i}, [{base}+{i * 32 * size}];\n" for i in range(n))  # noqa: E731
-    group = lambda name, n: "{" + ", ".join(f"%{name}{i}" for i in range(n)) + "}"  # noqa: E731
+    load = lambda n, name, base, kind: "".join(
+        f"ld.global.{kind} %{name}{i}, [{base}+{i * 32 * size}];\n" for i in range(n)
+    )
+    group = lambda name, n: "{" + ", ".join(f"%{name}{i}" for i in range(n)) + "}"
     text = elementwise.HEADER + f""".visible .entry kernel(.param .u64 pa, .param .u64 pb, .param .u64 pc) {{
     .reg .{reg} %a<9>, %b<9>; .reg .{acc_reg} %c<9>, %d<9>; .reg .b64 %pa, %pb, %pc, %o; .reg .b32 %t;
     ld.param.u64 %pa, [pa]; ld.param.u64 %pb, [pb]; ld.param.u64 %pc, [pc]; mov.u32 %t, %tid.x; mul.wide.u32 %o, %t, {size};
@@ -70,7 +74,9 @@ def test_mma(shape):
     mma.sync.aligned.m{m}n8k{k}.row.col.{d_kind}.{a_kind}.{b_kind}.{d_kind} {group("d", nc)}, {group("a", na)}, {group("b", nb)}, {group("c", nc)};
     """ + "".join(f"st.global.{acc_reg} [%pc+{i * 32 * size}], %d{i};\n" for i in range(nc)) + "ret; }\n"  # fmt: skip
     out = np.ascontiguousarray(c_regs)
-    result = core.Module(text, "mma.ptx").launch("kernel", 1, 32, [np.ascontiguousarray(a_regs), np.ascontiguousarray(b_regs), out], arch="sm_90a")
+    result = core.Module(text, "mma.ptx").launch(
+        "kernel", 1, 32, [np.ascontiguousarray(a_regs), np.ascontiguousarray(b_regs), out], arch="sm_90a"
+    )
     if d_kind == "f16":
         halves = out.view(np.float16).reshape(nc, 32, 2)
         got_values = np.stack([halves[e // 2, :, e % 2] for e in range(elements)])
@@ -106,7 +112,9 @@ def test_matrix_moves(nvcc):
     out = np.zeros(416, np.uint32)
     core.Module(nvcc(source, "sm_90a"), "moves.ptx").launch("kernel", 1, 32, [out], arch="sm_90a")
     s = np.arange(256, dtype=np.uint16).reshape(4, 8, 8)
-    assert np.array_equal(out[:128].view(np.uint16).reshape(4, 8, 8), s)  # lane l: row l / 4, columns 2 (l % 4) + {0, 1}
+    assert np.array_equal(
+        out[:128].view(np.uint16).reshape(4, 8, 8), s
+    )  # lane l: row l / 4, columns 2 (l % 4) + {0, 1}
     assert np.array_equal(out[128:256].view(np.uint16).reshape(4, 8, 8), s.transpose(0, 2, 1))
     assert np.array_equal(out[256:288].view(np.uint16).reshape(8, 8), s[1].T)
     assert np.array_equal(out[288:].view(np.uint16).reshape(4, 8, 8), s)
@@ -158,7 +166,7 @@ def wgmma_module(n, a_kind, d_kind, a_in_registers, trans_a, trans_b, b_kind=Non
     a = "{%a0, %a1, %a2, %a3}" if a_in_registers else "%da"
     tail = "" if d_kind == "s32" else ", 1, 1"
     if k == 16:
-        tail += (f", {trans_b}" if a_in_registers else f", {trans_a}, {trans_b}")
+        tail += f", {trans_b}" if a_in_registers else f", {trans_a}, {trans_b}"
     size_a, size_b = "%na", "%nb"
     return core.Module(elementwise.HEADER + f""".visible .entry kernel(.param .u64 pa, .param .u64 pb, .param .u64 pd, .param .u64 da, .param .u64 db, .param .u32 na, .param .u32 nb, .param .u64 ra) {{
     .reg .{acc} %d<{regs}>; .reg .b32 %a<4>, %t, %i, %v, %s, %na, %nb, %base; .reg .b64 %pa, %pb, %pd, %da, %db, %q, %ra; .reg .pred %p;
@@ -192,11 +200,22 @@ def run_wgmma(n, a_kind, d_kind, mode, *, in_registers=False, mn_a=False, mn_b=F
     images = []
     for matrix, kind, mn in ((a, a_kind, mn_a), (b, b_kind or a_kind, mn_b)):
         raw = encode(matrix, kind).reshape(len(matrix), 32)
-        image, lbo, sbo = place_mn_major(np.ascontiguousarray(raw).view(np.uint16), mode) if mn else place_k_major(raw, mode)
+        image, lbo, sbo = (
+            place_mn_major(np.ascontiguousarray(raw).view(np.uint16), mode) if mn else place_k_major(raw, mode)
+        )
         images.append((np.ascontiguousarray(swizzle_image(np.ascontiguousarray(image), mode)), lbo, sbo))
     (image_a, lbo_a, sbo_a), (image_b, lbo_b, sbo_b) = images
     raw = encode(a, a_kind).reshape(64, 8, 4)
-    fragments = np.array([[raw[16 * (t // 32) + t % 32 // 4 + 8 * (r & 1), t % 4 + 4 * (r >> 1)] for r in range(4)] for t in range(128)]).reshape(-1).copy()
+    fragments = (
+        np.array(
+            [
+                [raw[16 * (t // 32) + t % 32 // 4 + 8 * (r & 1), t % 4 + 4 * (r >> 1)] for r in range(4)]
+                for t in range(128)
+            ]
+        )
+        .reshape(-1)
+        .copy()
+    )
     regs = n // 4 if d_kind == "f16" else n // 2
     out = np.zeros((regs, 128), np.uint32)
     module = wgmma_module(n, a_kind, d_kind, in_registers, int(mn_a), int(mn_b), b_kind)
@@ -219,7 +238,19 @@ def test_wgmma_layouts(mode, major):
     run_wgmma(64, "bf16", "f32", mode, mn_a=major.startswith("mn"), mn_b=major.endswith("mn"))
 
 
-@pytest.mark.parametrize("kinds", [("bf16", "f32"), ("f16", "f32"), ("f16", "f16"), ("tf32", "f32"), ("s8", "s32"), ("u8", "s32"), ("e4m3", "f32"), ("e5m2", "f16")])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("bf16", "f32"),
+        ("f16", "f32"),
+        ("f16", "f16"),
+        ("tf32", "f32"),
+        ("s8", "s32"),
+        ("u8", "s32"),
+        ("e4m3", "f32"),
+        ("e5m2", "f16"),
+    ],
+)
 @pytest.mark.parametrize("in_registers", [False, True])
 def test_wgmma_types(kinds, in_registers):
     run_wgmma(32, *kinds, 1, in_registers=in_registers)

@@ -7,20 +7,29 @@ import core
 import pytest
 import torch
 
-TYPES = {"d": (torch.float64, 0), "f": (torch.float32, 1), "13__nv_bfloat16": (torch.bfloat16, 2), "6__half": (torch.float16, 3)}
-NAME = re.compile(r"norm_fwd_(long_)?kernelI(d|f|13__nv_bfloat16|6__half)LNS_8NormKindE([01])ELi(\d+)E(?:Li(\d+)E)?Lb([01])E")
+TYPES = {
+    "d": (torch.float64, 0),
+    "f": (torch.float32, 1),
+    "13__nv_bfloat16": (torch.bfloat16, 2),
+    "6__half": (torch.float16, 3),
+}
+NAME = re.compile(
+    r"norm_fwd_(long_)?kernelI(d|f|13__nv_bfloat16|6__half)LNS_8NormKindE([01])ELi(\d+)E(?:Li(\d+)E)?Lb([01])E"
+)
 
 
 @pytest.fixture(scope="module")
 def module(nvcc):
-    return core.Module(nvcc(core.ROOT / "csrc/ops/norm/norm_fwd.cu", "sm_80", "-I", str(core.ROOT / "csrc")), "norm_fwd.ptx")
+    return core.Module(
+        nvcc(core.ROOT / "csrc/ops/norm/norm_fwd.cu", "sm_80", "-I", str(core.ROOT / "csrc")), "norm_fwd.ptx"
+    )
 
 
 def test_all_forward_kernels(module):
     names = [name for name in module.kernels() if NAME.search(name)]
     assert len(names) == len(module.kernels()) == 64
     for number, name in enumerate(names):
-        long, kind, norm, vector, vectors, block = NAME.search(name).groups()
+        _, kind, norm, vector, vectors, block = NAME.search(name).groups()
         dtype, code = TYPES[kind]
         vector, block, norm = int(vector), block == "1", int(norm)
         threads = 128 if not block else 64
@@ -32,12 +41,27 @@ def test_all_forward_kernels(module):
         acc = torch.float64 if dtype == torch.float64 else torch.float32
         x, r = torch.randn(rows, cols).to(dtype), torch.randn(rows, cols).to(dtype)
         weight, bias = (torch.randn(cols).to(acc if wide else dtype) for _ in range(2))
-        y, new, mean, rstd = torch.full_like(x, float("nan")), torch.full_like(x, float("nan")), torch.zeros(rows, dtype=acc), torch.zeros(rows, dtype=acc)
+        y, new, mean, rstd = (
+            torch.full_like(x, float("nan")),
+            torch.full_like(x, float("nan")),
+            torch.zeros(rows, dtype=acc),
+            torch.zeros(rows, dtype=acc),
+        )
         weight_code = (0 if dtype == torch.float64 else 1) if wide else code
         params = struct.pack("<8Q4q2d3i4x", x.data_ptr(), r.data_ptr() if residual else 0, weight.data_ptr(), bias.data_ptr(), y.data_ptr(),
                              new.data_ptr() if residual else 0, 0 if norm else mean.data_ptr(), rstd.data_ptr(), rows, cols, cols, cols, 1e-5, 0.0,
                              code, weight_code, norm)  # fmt: skip
-        with core.registered(x, r, weight, bias, y, new, mean, rstd, names=["x", "residual", "weight", "bias", "y", "new_residual", "mean", "rstd"]):
+        with core.registered(
+            x,
+            r,
+            weight,
+            bias,
+            y,
+            new,
+            mean,
+            rstd,
+            names=["x", "residual", "weight", "bias", "y", "new_residual", "mean", "rstd"],
+        ):
             result = module.launch(name, 2, threads, [params], seed=number)
         assert not result.fault, result.message
         s = (x.double() + r.double()).to(dtype) if residual else x
@@ -51,11 +75,15 @@ def test_all_forward_kernels(module):
         assert torch.allclose(y.double(), want, rtol=tolerance, atol=tolerance), name
 
 
-BWD_NAME = re.compile(r"norm_bwd_(long_|columns_|reduce_)?kernelI(d|f|13__nv_bfloat16|6__half)(?:LNS_8NormKindE([01])ELi(\d+)E(?:Li(\d+)E)?(?:Lb([01])E)?)?E")
+BWD_NAME = re.compile(
+    r"norm_bwd_(long_|columns_|reduce_)?kernelI(d|f|13__nv_bfloat16|6__half)(?:LNS_8NormKindE([01])ELi(\d+)E(?:Li(\d+)E)?(?:Lb([01])E)?)?E"
+)
 
 
 def test_all_backward_kernels(nvcc):
-    module = core.Module(nvcc(core.ROOT / "csrc/ops/norm/norm_bwd.cu", "sm_80", "-I", str(core.ROOT / "csrc")), "norm_bwd.ptx")
+    module = core.Module(
+        nvcc(core.ROOT / "csrc/ops/norm/norm_bwd.cu", "sm_80", "-I", str(core.ROOT / "csrc")), "norm_bwd.ptx"
+    )
     assert len(module.kernels()) == 76
     for number, name in enumerate(module.kernels()):
         form, kind, norm, vector, vectors, block = BWD_NAME.search(name).groups()
@@ -70,23 +98,29 @@ def test_all_backward_kernels(nvcc):
         weight = torch.randn(cols).to(dtype)
         mean = x.to(acc).mean(-1) if norm == 0 else torch.zeros(rows, dtype=acc)
         rstd = torch.rsqrt(((x.to(acc) - mean[:, None]) ** 2).mean(-1) + 1e-5)
-        dx, dweight, dbias = torch.full_like(x, float("nan")), torch.full((cols,), float("nan"), dtype=dtype), torch.full((cols,), float("nan"), dtype=dtype)
+        dx, dweight, dbias = (
+            torch.full_like(x, float("nan")),
+            torch.full((cols,), float("nan"), dtype=dtype),
+            torch.full((cols,), float("nan"), dtype=dtype),
+        )
         sums = 2 if norm == 0 else 1
         partial = torch.full((sums, blocks, cols), float("nan"), dtype=acc)
         if form == "reduce_":
             partial = torch.randn(sums, blocks, cols, dtype=acc)
         # Every pointer but the bias of rms_norm, in the order of NormBwdParams.
         tensors = [dy, dresidual, x, weight, mean, rstd, dx, dweight, dbias, partial]
-        pointers = [0 if t is mean and norm == 1 or t is dbias and norm == 1 else t.data_ptr() for t in tensors]
+        pointers = [0 if (t is mean and norm == 1) or (t is dbias and norm == 1) else t.data_ptr() for t in tensors]
         params = struct.pack("<10Q6qd3i4x", *pointers, blocks, rows, cols, cols, cols, cols, 0.5, code, code, norm)
         pieces = -(-cols // (32 * vector))
         grid = {"columns_": (pieces, blocks), "reduce_": (-(-cols // 32), sums)}.get(form, blocks)
         with core.registered(*tensors):
-            result = module.launch(name, grid, (32, 8) if form in ("columns_", "reduce_") else threads, [params], seed=number)
+            result = module.launch(
+                name, grid, (32, 8) if form in ("columns_", "reduce_") else threads, [params], seed=number
+            )
         assert not result.fault, (name, result.message)
 
         tolerance = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
-        close = lambda a, b: torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance)  # noqa: E731
+        close = lambda a, b, t=tolerance: torch.allclose(a.double(), b.double(), rtol=t, atol=t)
         xhat = (x.double() - mean.double()[:, None]) * rstd.double()[:, None]
         g = dy.double() * (weight.double() + 0.5)
         if form in ("", "long_"):

@@ -67,7 +67,12 @@ def compiled(name, capability, dtype="bf16", block=32):
     core.CACHE.mkdir(parents=True, exist_ok=True)
     script.write_text(COMPILE)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and k != "LD_PRELOAD"}
-    done = subprocess.run([sys.executable, str(script), name, str(capability), dtype, str(block)], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, str(script), name, str(capability), dtype, str(block)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ptx, shared = json.loads(done.stdout.strip().split("\n")[-1])
     return core.Module(ptx, f"{name}.ptx"), shared
@@ -79,11 +84,21 @@ def test_softmax(capability):
     x = torch.randn(5, 784)
     y = torch.zeros_like(x)
     for seed in range(2):
-        module.launch("softmax", 5, 128, [x, y, 784, 0, 0], shared=shared, arch=f"sm_{capability}a" if capability == 90 else "sm_80", seed=seed)
+        module.launch(
+            "softmax",
+            5,
+            128,
+            [x, y, 784, 0, 0],
+            shared=shared,
+            arch=f"sm_{capability}a" if capability == 90 else "sm_80",
+            seed=seed,
+        )
         assert torch.allclose(y, x.softmax(-1), atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [(80, "matmul", "bf16"), (80, "matmul", "fp16"), (90, "matmul", "bf16"), (90, "descriptors", "bf16")])
+@pytest.mark.parametrize(
+    "case", [(80, "matmul", "bf16"), (80, "matmul", "fp16"), (90, "matmul", "bf16"), (90, "descriptors", "bf16")]
+)
 def test_matmul(case):
     capability, name, kind = case
     module, shared = compiled(name, capability, kind, 64 if name == "descriptors" else 32)

@@ -46,7 +46,7 @@ def test_grids_of_other_gpus(backend, multiprocessors):
 
 
 def test_counters_are_those_of_paper_and_pencil():
-    """norm_bwd_reduce: 32 blocks of 8 warps read 16 partial rows of 1,024 floats, and the first of each stores a line."""
+    """32 blocks of 8 warps read 16 partial rows of 1,024 floats, and the first of each stores a line."""
     case = cases.NormCase("rms_norm", (16, 1024), (1024,))
     with sim.device(record=True, multiprocessors=4) as launches:
         evaluate(cases, case, cases.make_inputs(case), "cuda-sim-sm80")
