@@ -3,6 +3,8 @@ import shutil
 import core
 import pytest
 
+from tests.ptxsim import sim
+
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter():
@@ -18,3 +20,11 @@ def nvcc():
     if shutil.which("nvcc") is None:
         pytest.skip("ptxsim: no nvcc to make PTX with")
     return core.nvcc
+
+
+@pytest.fixture
+def launch():
+    """`launch(kernel, grid, block, smem, *args, source=..., arch=...)` on CPU tensors; see sim.launch."""
+    if sim.absent() is not None:
+        pytest.skip(f"ptxsim: {sim.absent()}")
+    return sim.launch

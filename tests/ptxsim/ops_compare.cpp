@@ -34,9 +34,22 @@ struct Compare {
   }
 };
 
+constexpr uint8_t kNegated = 1, kFtz = 2;  // in Inst::flags
+
+// .ftz: a subnormal operand counts as zero. Values of 16 bits are floats here, with the exponents of their type.
+template <class T, class V>
+V operand(V value, bool ftz) {
+  if constexpr (std::is_same_v<V, float>) {
+    const float smallest = T::type == Type::kF16 || T::type == Type::kF16x2 ? 0x1p-14f : 0x1p-126f;
+    if (ftz && value < smallest && value > -smallest) return 0;
+  }
+  return value;
+}
+
 template <class T, int kRelation>
 uint32_t compare(const Warp& w, const Inst& in, int first, bool high) {
   using R = typename T::R;
+  const bool ftz = (in.flags & kFtz) != 0;
   const R* a = w.row<R>(in.o[first]);
   const R* b = w.row<R>(in.o[first + 1]);
   uint32_t r = 0;
@@ -44,9 +57,13 @@ uint32_t compare(const Warp& w, const Inst& in, int first, bool high) {
     using H = typename T::Half;
     const int shift = high ? 16 : 0;
     for (int i = 0; i < kLanes; ++i)
-      r |= Compare<kRelation>::apply(H::get((a[i] >> shift) & 0xffffu), H::get((b[i] >> shift) & 0xffffu)) ? kBit[i] : 0u;
+      r |= Compare<kRelation>::apply(operand<T>(H::get((a[i] >> shift) & 0xffffu), ftz),
+                                     operand<T>(H::get((b[i] >> shift) & 0xffffu), ftz))
+               ? kBit[i]
+               : 0u;
   } else {
-    for (int i = 0; i < kLanes; ++i) r |= Compare<kRelation>::apply(T::get(a[i]), T::get(b[i])) ? kBit[i] : 0u;
+    for (int i = 0; i < kLanes; ++i)
+      r |= Compare<kRelation>::apply(operand<T>(T::get(a[i]), ftz), operand<T>(T::get(b[i]), ftz)) ? kBit[i] : 0u;
   }
   return r;
 }
@@ -71,13 +88,13 @@ void setp(Warp& w, const Inst& in) {
   const uint32_t r = compare<T, kRelation>(w, in, 2, false);
   if constexpr (T::packed) {
     const uint32_t h = compare<T, kRelation>(w, in, 2, true);
-    const uint32_t c = w.pred(in.o[4]) ^ (in.flags & 1 ? kFull : 0);
+    const uint32_t c = w.pred(in.o[4]) ^ (in.flags & kNegated ? kFull : 0);
     put_pred(w, in.o[0], combine(in.kind, r, c));
     put_pred(w, in.o[1], combine(in.kind, h, c));
   } else if (in.kind == 0 && in.vec == 1) {
     put_pred(w, in.o[0], r);
   } else {
-    const uint32_t c = w.pred(in.o[4]) ^ (in.flags & 1 ? kFull : 0);
+    const uint32_t c = w.pred(in.o[4]) ^ (in.flags & kNegated ? kFull : 0);
     put_pred(w, in.o[0], combine(in.kind, r, c));
     put_pred(w, in.o[1], combine(in.kind, ~r, c));
   }
@@ -86,7 +103,7 @@ void setp(Warp& w, const Inst& in) {
 // set: all ones, or 1.0. o: d, a, b, c. size: of the result type.
 template <class T, int kRelation>
 void set(Warp& w, const Inst& in) {
-  const uint32_t c = w.pred(in.o[3]) ^ (in.flags & 1 ? kFull : 0);
+  const uint32_t c = w.pred(in.o[3]) ^ (in.flags & kNegated ? kFull : 0);
   const uint32_t r = combine(in.kind, compare<T, kRelation>(w, in, 1, false), c);
   const uint32_t h = T::packed ? combine(in.kind, compare<T, kRelation>(w, in, 1, true), c) : 0;
   const auto yes = static_cast<uint32_t>(in.imm);
@@ -101,7 +118,7 @@ void selp(Warp& w, const Inst& in) {
   using R = typename T::R;
   const R* a = w.row<R>(in.o[1]);
   const R* b = w.row<R>(in.o[2]);
-  const uint32_t p = w.pred(in.o[3]) ^ (in.flags & 1 ? kFull : 0);
+  const uint32_t p = w.pred(in.o[3]) ^ (in.flags & kNegated ? kFull : 0);
   each_lane(w, w.row<R>(in.o[0]), [=](int i) { return (p & kBit[i]) != 0 ? a[i] : b[i]; });
 }
 
@@ -116,7 +133,8 @@ void slct(Warp& w, const Inst& in) {
   const R* a = w.row<R>(in.o[1]);
   const R* b = w.row<R>(in.o[2]);
   const uint32_t* c = w.row<uint32_t>(in.o[3]);
-  each_lane(w, w.row<R>(in.o[0]), [=](int i) { return C::get(c[i]) >= 0 ? a[i] : b[i]; });
+  const bool ftz = (in.flags & kFtz) != 0;
+  each_lane(w, w.row<R>(in.o[0]), [=](int i) { return operand<C>(C::get(c[i]), ftz) >= 0 ? a[i] : b[i]; });
 }
 
 template <template <class, int> class Maker, int kRelation>
@@ -166,7 +184,7 @@ int take_relation(Build& b) {
 void setp_resolver(Build& b) {
   const int relation = take_relation(b);
   b.in.kind = static_cast<uint8_t>(1 + b.take_one({"and", "or", "xor"}, -1));
-  b.take("ftz");
+  const bool ftz = b.take("ftz");
   const Type type = unsigned_of(b.need_type());
   b.operands(3, 4);
   const bool pair = b.ops[0].kind == Operand::Kind::kGroup;
@@ -180,13 +198,14 @@ void setp_resolver(Build& b) {
   } else {
     b.append(b.pred_constant(true));
   }
+  if (ftz) b.in.flags |= kFtz;
   b.in.fn = by_relation<Setp>(relation, type);
 }
 
 void set_resolver(Build& b) {
   const int relation = take_relation(b);
   b.in.kind = static_cast<uint8_t>(1 + b.take_one({"and", "or", "xor"}, -1));
-  b.take("ftz");
+  const bool ftz = b.take("ftz");
   const Type to = b.need_type(), from = unsigned_of(b.need_type());
   b.operands(3, 4);
   b.dst(0, to), b.src(1, from), b.src(2, from);
@@ -199,6 +218,7 @@ void set_resolver(Build& b) {
   b.in.imm = to == Type::kF32 ? 0x3f800000 : to == Type::kF16 || to == Type::kF16x2 ? 0x3c00
              : to == Type::kBF16 || to == Type::kBF16x2 ? 0x3f80 : 0xffffffff;
   if (bits_of(to) == 16) b.in.imm &= 0xffff;
+  if (ftz) b.in.flags |= kFtz;
   b.in.fn = by_relation<Set>(relation, from);
 }
 
@@ -216,7 +236,7 @@ void selp_resolver(Build& b) {
 }
 
 void slct_resolver(Build& b) {
-  b.take("ftz");
+  if (b.take("ftz")) b.in.flags |= kFtz;
   const Type type = b.need_type(), by = b.need_type();
   b.operands(4, 4);
   b.dst(0, type), b.src(1, type), b.src(2, type), b.src(3, by);

@@ -39,13 +39,7 @@ def differs(kind: str, got: np.ndarray, expected: np.ndarray, tolerance: float =
     return wrong
 
 
-GAPS = {"comparisons": "the interpreter ignores .ftz of setp"}
-
-
-@pytest.mark.parametrize("reference", [
-    pytest.param(reference, id=reference.__name__, marks=[pytest.mark.xfail(reason=gap, strict=True)] if gap else [])
-    for reference in conformance.KERNELS for gap in [GAPS.get(reference.__name__)]
-])  # fmt: skip
+@pytest.mark.parametrize("reference", conformance.KERNELS, ids=lambda reference: reference.__name__)
 def test_scalar(reference):
     words = conformance.inputs()
     rows = list(reference(*words))

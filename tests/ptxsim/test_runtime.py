@@ -197,23 +197,23 @@ def test_tracked_tensors_may_grow_and_outlive_their_context():
 
 
 @on_both
-def test_launch_from_python(arch):
+def test_launch_from_python(launch, arch):
     out = torch.zeros(64, dtype=torch.int32)
-    counters = sim.launch("iota_kernel", 2, 32, 0, out, source=SOURCE, arch=arch)
+    counters = launch("iota_kernel", 2, 32, 0, out, source=SOURCE, arch=arch)
     assert torch.equal(out, torch.arange(64, dtype=torch.int32))
     assert counters["global_requests"] == 2 and counters["global_sectors"] == 8
     with pytest.raises(sim.Fault) as caught:
-        sim.launch("iota_kernel", 3, 32, 0, out, source=SOURCE, arch=arch)
+        launch("iota_kernel", 3, 32, 0, out, source=SOURCE, arch=arch)
     assert caught.value.kind == "out of bounds"
     assert "argument 0" in str(caught.value) and "host_test.cu:" in str(caught.value)
 
 
-def test_what_cannot_be_launched_says_why():
+def test_what_cannot_be_launched_says_why(launch):
     out = torch.zeros(64, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"0 kernels are called 'nothing'; there are: .*iota_kernel"):
-        sim.launch("nothing", 1, 32, 0, out, source=SOURCE)
+        launch("nothing", 1, 32, 0, out, source=SOURCE)
     with pytest.raises(ValueError, match="2 arguments, the kernel has 1 parameters"):
-        sim.launch("iota_kernel", 1, 32, 0, out, 1, source=SOURCE)
+        launch("iota_kernel", 1, 32, 0, out, 1, source=SOURCE)
     with pytest.raises(ValueError, match="arch is 'sm_70'"):
         sim.compile_ptx(SOURCE, "sm_70")
     with pytest.raises(ValueError, match="innermost stride"):
