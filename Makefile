@@ -1,6 +1,6 @@
 # One word per intention. Each of `make demo` and `make test` does all the set-up by itself; a second run takes seconds.
 #   make demo | test [OP=layer_norm] [BACKEND=cpu] | bench | tables | build | fmt | lint | sanitize
-#   new-op NAME=x | clean
+#   gpu | new-op NAME=x | clean
 #   VENV=none PYTHON=python3   the interpreter as it is: no virtual environment, no pip, no network
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +14,7 @@ else
 endif
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test bench tables build fmt lint sanitize new-op clean help
+.PHONY: demo test bench tables build fmt lint sanitize gpu new-op clean help
 help:
 	@sed -n '1,4s/^# //p' Makefile
 
@@ -50,7 +50,11 @@ lint: $(DEPS)
 
 # AddressSanitizer and UndefinedBehaviorSanitizer: modules of their own, in a copy of the tree.
 sanitize: $(DEPS)
-	PY="$(abspath $(PY))" ARGS="$(ARGS)" sh scripts/sanitize.sh
+	PY="$$(realpath -s "$$(command -v $(PY))")" ARGS="$(ARGS)" sh scripts/sanitize.sh
+
+# On a machine with a GPU: the tests, the goldens of the PTX interpreter, compute-sanitizer, the benchmarks.
+gpu: $(DEPS)
+	PY="$$(realpath -s "$$(command -v $(PY))")" sh scripts/gpu.sh
 
 new-op: build
 	$(PY) scripts/new_op.py $(NAME)

@@ -9,9 +9,27 @@ from collections.abc import Callable
 import torch
 
 
-def _synchronize(device: str) -> None:
+def _seconds_by_clock(function: Callable[[], object], calls: int, device: str) -> float:
+    """Seconds of one call as the caller sees them."""
     if device == "cuda":
         torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def _seconds_by_events(function: Callable[[], object], calls: int) -> float:
+    """Seconds of one call as the GPU sees them: between two events, with `calls` calls in its queue."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
 
 
 def keep_freed_memory() -> None:
@@ -30,14 +48,21 @@ def keep_freed_memory() -> None:
 
 
 def interleave(
-    candidates: dict[str, Callable[[], object]], device: str, seconds: float, calls: int = 1
+    candidates: dict[str, Callable[[], object]],
+    device: str,
+    seconds: float,
+    calls: int = 1,
+    *,
+    overhead: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of one call, for each round, by candidate.
 
     Rounds go on until `seconds` are spent, at least 7 and at most 200, after two that are not counted. `calls` in a
     row make one measurement, for functions too short to be timed alone. The order is rotated from round to round:
-    what runs before a candidate decides what is in the cache.
+    what runs before a candidate decides what is in the cache. On a GPU its own events take the time, unless it is the
+    `overhead` of the caller that is asked for.
     """
+    by_events = device == "cuda" and not overhead
     names = list(candidates)
     times: dict[str, list[float]] = {name: [] for name in names}
     begin = None
@@ -47,13 +72,9 @@ def interleave(
         for index in range(len(names)):
             name = names[(index + round_number) % len(names)]
             function = candidates[name]
-            _synchronize(device)
-            start = time.perf_counter()
-            for _ in range(calls):
-                function()
-            _synchronize(device)
+            taken = _seconds_by_events(function, calls) if by_events else _seconds_by_clock(function, calls, device)
             if round_number >= 2:
-                times[name].append((time.perf_counter() - start) / calls)
+                times[name].append(taken)
         if begin is not None and round_number >= 8 and time.perf_counter() - begin > seconds:
             break
     return times
