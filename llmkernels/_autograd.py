@@ -32,6 +32,11 @@ def transform_active() -> bool:
     return _functorch_active() or forward_ad._current_level >= 0
 
 
+def is_differentiated() -> bool:
+    """In a backward: whether it is itself recorded (create_graph=True). A compiler records no second order."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def differentiable_backward(
     reference: Callable, tensors: Sequence[torch.Tensor | None], grads: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor | None]:

@@ -1,5 +1,6 @@
 """The torch.autograd.Functions themselves, for people who write their own modules: `X.apply(...)`."""
 
+from llmkernels.ops.gated.op import GatedFunction
 from llmkernels.ops.norm.op import LayerNormFunction, RMSNormFunction
 
-__all__ = ["LayerNormFunction", "RMSNormFunction"]
+__all__ = ["GatedFunction", "LayerNormFunction", "RMSNormFunction"]

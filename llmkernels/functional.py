@@ -1,5 +1,6 @@
 """The functional surface: torch.nn.functional's signatures, plus keyword-only extras (`backend=` everywhere)."""
 
+from llmkernels.ops.gated.op import geglu, reglu, swiglu
 from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
+__all__ = ["add_layer_norm", "add_rms_norm", "geglu", "layer_norm", "reglu", "rms_norm", "swiglu"]

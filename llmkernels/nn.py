@@ -1,5 +1,6 @@
-"""Modules with the constructors and state_dicts of torch.nn's."""
+"""Modules with the constructors and state_dicts of torch.nn's, or of the models that have them."""
 
+from llmkernels.ops.gated.module import SwiGLU
 from llmkernels.ops.norm.module import LayerNorm, RMSNorm
 
-__all__ = ["LayerNorm", "RMSNorm"]
+__all__ = ["LayerNorm", "RMSNorm", "SwiGLU"]

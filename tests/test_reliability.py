@@ -13,6 +13,7 @@ import torch
 
 import llmkernels
 from llmkernels import _native, functional
+from llmkernels.ops.gated import cases as gated
 from llmkernels.ops.norm import cases
 from llmkernels.testing.battery import evaluate
 
@@ -39,9 +40,10 @@ def test_every_instruction_set(isa):
         """
         import warnings; warnings.simplefilter("ignore")
         from llmkernels import _native
-        from llmkernels.ops.norm import cases
+        from llmkernels import ops
         from llmkernels.testing.battery import failures, judge
-        wrong = [(str(case), found) for case in cases.test_cases() if (found := failures(judge(cases, case, "cpu")))]
+        work = [(cases, case) for cases in map(ops.cases_of, ops.FAMILIES) for case in cases.test_cases()]
+        wrong = [(str(case), found) for cases, case in work if (found := failures(judge(cases, case, "cpu")))]
         print(_native.module("cpu").isa(), len(wrong), wrong[:3])
         """,
         LLMKERNELS_ISA=isa,
@@ -66,11 +68,23 @@ def test_unknown_instruction_set_is_a_clear_error():
         _native.module("cpu").force_isa("sse9")
 
 
+THREADED = [
+    (family, case)
+    for dtype in (torch.float32, torch.bfloat16)
+    for family, case in (
+        *((cases, cases.NormCase(op, (517, 200), (200,), dtype)) for op in cases.OPS),
+        *(
+            (gated, gated.GatedCase(op, (517, 200), dtype, packed=packed))
+            for op in gated.OPS
+            for packed in (False, True)
+        ),
+    )
+]
+
+
 @cpu
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("op", cases.OPS)
-def test_bitwise_equal_for_any_thread_count(op, dtype):
-    case = cases.NormCase(op, (517, 200), (200,), dtype)
+@pytest.mark.parametrize("cases, case", THREADED, ids=lambda value: "" if value in (cases, gated) else str(value))
+def test_bitwise_equal_for_any_thread_count(cases, case):
     inputs = cases.make_inputs(case)
     threads, results = torch.get_num_threads(), []
     try:
@@ -164,6 +178,16 @@ def test_more_than_two_to_the_31_elements(op):
     assert x.numel() > 2**31
     y = getattr(functional, op)(x, (cols,), backend="cpu")
     expected = getattr(functional, op)(row, (cols,), backend="cpu")[0]
+    assert torch.equal(y[0], expected) and torch.equal(y[-1], expected) and torch.equal(y[2**18 + 1], expected)
+
+
+@cpu
+def test_more_than_two_to_the_31_elements_gated():
+    """As above; a packed row, so that the stride is not that of the output."""
+    rows, cols = 2**19 + 3, 2**12
+    packed = torch.randn(1, 2 * cols).bfloat16()
+    y = functional.swiglu(packed.expand(rows, 2 * cols), backend="cpu")
+    expected = functional.swiglu(packed, backend="cpu")[0]
     assert torch.equal(y[0], expected) and torch.equal(y[-1], expected) and torch.equal(y[2**18 + 1], expected)
 
 

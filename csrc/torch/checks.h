@@ -9,6 +9,8 @@
 
 #include <optional>
 
+#include "common/dtype.h"
+
 namespace llmkernels {
 
 inline const at::Tensor* get(const std::optional<at::Tensor>& tensor) {
@@ -27,6 +29,28 @@ inline void check_dtype(const char* op, const char* name, const at::Tensor& tens
 inline void check_shape(const char* op, const char* name, const at::Tensor& tensor, at::IntArrayRef shape) {
   TORCH_CHECK_VALUE(tensor.sizes() == shape, op, ": ", name, " has shape ", tensor.sizes(), ", expected ", shape);
 }
+
+// The element type of `tensor`, argument `name` of `op`.
+inline DType dtype_of(const char* op, const char* name, const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": ", name, " has dtype ", tensor.scalar_type(),
+                       ", expected float64, float32, bfloat16 or float16");
+  }
+}
+
+// The type of sums over elements of `x`.
+inline at::ScalarType acc_of(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+inline void* pointer(const at::Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
 
 // at::empty without the dispatcher where the device is known: a call's outputs take a third less time to allocate.
 inline at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
@@ -47,6 +71,16 @@ inline Rows as_rows(const at::Tensor& tensor, int64_t rows, int64_t cols) {
   if (cols > 1 && flat.stride(1) != 1) flat = flat.contiguous();
   if (cols == 1 && rows > 1) return {flat, flat.stride(0)};
   return {flat, rows > 1 ? flat.stride(0) : cols};
+}
+
+// As `as_rows`, of an argument that may be absent and otherwise has the device and dtype of `x` and shape `sizes`.
+inline Rows rows_like(const char* op, const char* name, const at::Tensor* tensor, const at::Tensor& x,
+                      at::IntArrayRef sizes, int64_t rows, int64_t cols) {
+  if (tensor == nullptr) return {};
+  check_device(op, name, *tensor, x.device());
+  check_dtype(op, name, *tensor, x.scalar_type());
+  check_shape(op, name, *tensor, sizes);
+  return as_rows(*tensor, rows, cols);
 }
 
 }  // namespace llmkernels

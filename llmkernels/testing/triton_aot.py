@@ -4,6 +4,7 @@ Runs as `python -m llmkernels.testing.triton_aot`, in a process without TRITON_I
 interpreted process cannot be compiled. Prints one JSON object per compiled kernel.
 """
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -12,38 +13,21 @@ import tempfile
 from pathlib import Path
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from llmkernels import ops
 
 # Bytes of shared memory a block may use, by compute capability.
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 
 
-def _norm_configurations():
-    """(kernel, pointer types, other arguments, constants, warps): every block size, and every flag at least once."""
-    from llmkernels.ops.norm import triton_kernels as norm
-
-    kinds = (("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp64", "fp64"))
-    lengths = (10, 600, 1500, 3000, 8192, 8193)
-    for index, cols in enumerate(lengths):
-        block, warps = norm.config(cols)
-        data, weight = kinds[index % 4]
-        acc = "fp64" if data == "fp64" else "fp32"
-        shared = {"ONE_BLOCK": cols <= block, "BLOCK_COLS": block, "ACC": tl.float64 if acc == "fp64" else tl.float32}
-        for rms in (False, True):
-            flags = {"RMS": rms, "ADD": index % 2 == 0, "HAS_WEIGHT": True}
-            types = [data, data, weight, weight, data, data, acc, acc, acc, "i64", "i64", "i32"]
-            yield norm._norm_fwd_kernel, types, {**flags, "HAS_BIAS": not rms, **shared}, warps
-            types = [data, data, data, weight, acc, acc, data, acc, acc, acc, "i64", "i64", "i64", "i32", "i32"]
-            yield (
-                norm._norm_bwd_kernel,
-                types,
-                {**flags, "DX": True, "DWEIGHT": True, "DBIAS": not rms, **shared},
-                warps,
-            )
-        reduce = {"BLOCK_COLS": norm._REDUCE_COLS, "ACC": shared["ACC"]}
-        yield norm._norm_reduce_kernel, [acc, weight, "i32", "i32"], reduce, 4
+def configurations():
+    """(kernel, pointer types, other arguments, constants, warps) of every family that has Triton kernels."""
+    for family in ops.FAMILIES:
+        name = f"llmkernels.ops.{family}.triton_kernels"
+        if importlib.util.find_spec(name) is not None:
+            yield from importlib.import_module(name).configurations()
 
 
 def _compile(kernel, types, constants, warps, capability):
@@ -69,7 +53,7 @@ def _usage(binary: bytes, cuobjdump: Path) -> dict[str, int]:
 
 def main(capabilities) -> None:
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    for kernel, types, constants, warps in _norm_configurations():
+    for kernel, types, constants, warps in configurations():
         for capability in capabilities:
             compiled = _compile(kernel, types, constants, warps, capability)
             row = {

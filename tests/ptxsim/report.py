@@ -26,7 +26,12 @@ def small_norm(case):
     return dataclasses.replace(case, shape=(rows, case.cols))
 
 
-SMALL = {"norm": small_norm}  # family -> the small version of one of its benchmarks' cases
+def small_gated(case):
+    rows, cols = case.shape
+    return dataclasses.replace(case, shape=(max(1, min(rows, ELEMENTS // cols)), cols))
+
+
+SMALL = {"norm": small_norm, "gated": small_gated}  # family -> the small version of one of its benchmarks' cases
 
 
 def count(backend: str, op: str | None) -> dict[str, collections.Counter]:

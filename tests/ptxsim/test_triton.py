@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from llmkernels.ops.gated import cases as gated
 from llmkernels.ops.norm import cases
 from llmkernels.testing.battery import evaluate, failures, judge
 from tests.ptxsim import backend as simulated
@@ -27,6 +28,17 @@ CASES = [
 ]
 
 
+# Every dtype, every activation, packed and not, within a block and beyond.
+GATED = [
+    gated.GatedCase("swiglu", (5, 33), torch.float64),
+    gated.GatedCase("swiglu", (3, 1025), torch.bfloat16, packed=True),
+    gated.GatedCase("geglu", (3, 72), torch.float16),
+    gated.GatedCase("geglu", (3, 4, 40), torch.float32, approximate="tanh", packed=True),
+    gated.GatedCase("geglu", (5, 33), torch.float64, approximate="tanh"),
+    gated.GatedCase("reglu", (6, 100), torch.float32),
+]
+
+
 @pytest.fixture(params=NAMES)
 def backend(request) -> str:
     return request.param
@@ -35,6 +47,11 @@ def backend(request) -> str:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_fp64_truth(case, backend):
     assert failures(judge(cases, case, backend)) == []
+
+
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_gated_matches_fp64_truth(case, backend):
+    assert failures(judge(gated, case, backend)) == []
 
 
 @pytest.mark.parametrize("op", ("layer_norm", "add_rms_norm"))

@@ -20,4 +20,9 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Null pointers are aligned to anything.
 inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
+// Whether rows of elements of `bytes` bytes starting at `pointer` all begin at a whole 16-byte vector.
+inline bool rows_are_wide(const void* pointer, int64_t row_stride, int64_t rows, int64_t bytes) {
+  return pointer == nullptr || (aligned(pointer, 16) && (rows <= 1 || row_stride * bytes % 16 == 0));
+}
+
 }  // namespace llmkernels::cuda

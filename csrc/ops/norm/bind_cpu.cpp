@@ -1,17 +1,15 @@
 // The norm family for CPU tensors: at::parallel_for over rows, the kernels compiled for this CPU's instruction set.
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "common/cpu/isa.h"
 #include "ops/norm/norm_cpu.h"
 #include "ops/norm/norm_torch.h"
+#include "torch/cpu.h"
 
 namespace llmkernels {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-constexpr int64_t kGrainElements = 16384;  // less work than this is not worth a second thread
 
 constexpr int64_t kWidenRows = 64;  // converting the parameters once costs about as much as 64 rows do
 

@@ -15,9 +15,9 @@
 
 #include <cstdint>
 
-namespace llmkernels {
+#include "common/dtype.h"
 
-enum class DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
+namespace llmkernels {
 
 enum class NormKind : int { kLayerNorm = 0, kRmsNorm = 1 };
 

@@ -25,15 +25,6 @@ constexpr int kNormScalarWarpCols = 1024;
 constexpr int kNormThreadsPerSm = 2048;
 constexpr int kNormBwdThreadsPerSm = 512;  // at 128 registers each
 
-inline int64_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
-// Whether rows of `cols` elements starting at `pointer` are all made of whole 16-byte vectors.
-inline bool rows_are_wide(const void* pointer, int64_t row_stride, int64_t rows, int64_t bytes) {
-  return pointer == nullptr || (aligned(pointer, 16) && (rows <= 1 || row_stride * bytes % 16 == 0));
-}
-
 inline RowPlan plan_rows(int64_t rows, int64_t cols, int64_t bytes, bool wide, int max_vectors, int threads_per_sm,
                          const Gpu& gpu) {
   RowPlan plan{};

@@ -10,24 +10,6 @@
 
 namespace llmkernels {
 
-inline DType norm_dtype(const char* op, const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, op, ": x has dtype ", x.scalar_type(),
-                       ", expected float64, float32, bfloat16 or float16");
-  }
-}
-
-inline at::ScalarType norm_acc(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
 // How a call's tensors lie: rows x cols, and the shape of the statistics.
 struct NormShape {
   int64_t rows = 1, cols = 1;
@@ -50,25 +32,14 @@ inline at::Tensor norm_parameter(const char* op, const char* name, const at::Ten
   if (parameter == nullptr) return {};
   check_device(op, name, *parameter, x.device());
   check_shape(op, name, *parameter, shape.normalized);
-  TORCH_CHECK_TYPE(parameter->scalar_type() == x.scalar_type() || parameter->scalar_type() == norm_acc(x), op, ": ",
-                   name, " has dtype ", parameter->scalar_type(), ", expected ", x.scalar_type(), " or ", norm_acc(x));
+  TORCH_CHECK_TYPE(parameter->scalar_type() == x.scalar_type() || parameter->scalar_type() == acc_of(x), op, ": ",
+                   name, " has dtype ", parameter->scalar_type(), ", expected ", x.scalar_type(), " or ", acc_of(x));
   return parameter->contiguous();
-}
-
-inline void* pointer(const at::Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
-
-inline Rows norm_rows(const char* op, const char* name, const at::Tensor* tensor, const at::Tensor& x,
-                      const NormShape& shape) {
-  if (tensor == nullptr) return {};
-  check_device(op, name, *tensor, x.device());
-  check_dtype(op, name, *tensor, x.scalar_type());
-  check_shape(op, name, *tensor, shape.sizes);
-  return as_rows(*tensor, shape.rows, shape.cols);
 }
 
 // The parameter in the type of the sums if `widen`: worth a copy where each row would convert it again.
 inline at::Tensor widened(const at::Tensor& parameter, const at::Tensor& x, bool widen) {
-  return parameter.defined() && widen ? parameter.to(norm_acc(x)) : parameter;
+  return parameter.defined() && widen ? parameter.to(acc_of(x)) : parameter;
 }
 
 // `run(params)` fills the outputs; it is not called when there is nothing to fill. From `widen_rows` rows on, 16-bit
@@ -78,11 +49,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_fwd_call(
     const char* op, NormKind kind, const at::Tensor& x, const at::Tensor* residual, const at::Tensor* weight,
     const at::Tensor* bias, at::IntArrayRef normalized_shape, double eps, double weight_offset, int64_t widen_rows, Run&& run) {
   NormFwdParams p{};
-  p.dtype = norm_dtype(op, x);
+  p.dtype = dtype_of(op, "x", x);
   const NormShape shape(op, x, normalized_shape);
   TORCH_CHECK_VALUE(bias == nullptr || weight != nullptr, op, ": bias without weight, expected both or none");
   const Rows x_rows = as_rows(x, shape.rows, shape.cols);
-  const Rows residual_rows = norm_rows(op, "residual", residual, x, shape);
+  const Rows residual_rows = rows_like(op, "residual", residual, x, shape.sizes, shape.rows, shape.cols);
   at::Tensor w = norm_parameter(op, "weight", weight, x, shape);
   at::Tensor b = norm_parameter(op, "bias", bias, x, shape);
   if (b.defined()) check_dtype(op, "bias", b, w.scalar_type());
@@ -92,7 +63,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_fwd_call(
   const at::TensorOptions options = x.options();
   at::Tensor y = empty(shape.sizes, options);
   at::Tensor new_residual = empty(residual != nullptr ? shape.sizes : at::IntArrayRef{0}, options);
-  const at::TensorOptions acc = options.dtype(norm_acc(x));
+  const at::TensorOptions acc = options.dtype(acc_of(x));
   at::Tensor mean = kind == NormKind::kLayerNorm ? empty(shape.stats_sizes, acc) : at::Tensor();
   at::Tensor rstd = empty(shape.stats_sizes, acc);
 
@@ -110,7 +81,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_fwd_call(
   p.residual_row_stride = residual_rows.stride;
   p.eps = eps;
   p.weight_offset = weight_offset;
-  p.weight_dtype = w.defined() ? norm_dtype(op, w) : p.dtype;
+  p.weight_dtype = w.defined() ? dtype_of(op, "weight", w) : p.dtype;
   p.kind = kind;
   if (p.rows > 0) run(p);
   return {y, new_residual, mean, rstd};
@@ -123,11 +94,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_bwd_call(
     const at::Tensor* weight, const at::Tensor* mean, const at::Tensor& rstd, at::IntArrayRef normalized_shape,
     double weight_offset, std::array<bool, 3> wanted, Run&& run) {
   NormBwdParams p{};
-  p.dtype = norm_dtype(op, x);
+  p.dtype = dtype_of(op, "x", x);
   const NormShape shape(op, x, normalized_shape);
   const Rows x_rows = as_rows(x, shape.rows, shape.cols);
-  const Rows dy_rows = norm_rows(op, "dy", &dy, x, shape);
-  const Rows dresidual_rows = norm_rows(op, "dresidual", dresidual, x, shape);
+  const Rows dy_rows = rows_like(op, "dy", &dy, x, shape.sizes, shape.rows, shape.cols);
+  const Rows dresidual_rows = rows_like(op, "dresidual", dresidual, x, shape.sizes, shape.rows, shape.cols);
   const at::Tensor w = norm_parameter(op, "weight", weight, x, shape);
   at::Tensor stats[2];
   const at::Tensor* given[2] = {mean, &rstd};
@@ -135,7 +106,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_bwd_call(
     if (given[i] == nullptr) continue;
     const char* name = i == 0 ? "mean" : "rstd";
     check_device(op, name, *given[i], x.device());
-    check_dtype(op, name, *given[i], norm_acc(x));
+    check_dtype(op, name, *given[i], acc_of(x));
     check_shape(op, name, *given[i], shape.stats_sizes);
     stats[i] = given[i]->contiguous();
   }
@@ -161,13 +132,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_bwd_call(
   p.dy_row_stride = dy_rows.stride;
   p.dresidual_row_stride = dresidual_rows.stride;
   p.weight_offset = weight_offset;
-  p.weight_dtype = w.defined() ? norm_dtype(op, w) : p.dtype;
+  p.weight_dtype = w.defined() ? dtype_of(op, "weight", w) : p.dtype;
   p.kind = kind;
   at::Tensor workspace;
   const auto make_partial = [&](int64_t blocks) {
     p.partial_blocks = blocks;
     const int64_t sums = static_cast<int64_t>(wanted[1]) + static_cast<int64_t>(wanted[2]);
-    workspace = empty({sums * blocks * p.cols}, options.dtype(norm_acc(x)));
+    workspace = empty({sums * blocks * p.cols}, options.dtype(acc_of(x)));
     p.partial = workspace.data_ptr();
   };
   if (p.cols > 0) run(p, make_partial);

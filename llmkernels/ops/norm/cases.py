@@ -8,6 +8,7 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from llmkernels import functional
+from llmkernels._dtypes import accumulate_dtype
 from llmkernels.ops.norm import reference
 from llmkernels.testing.inputs import Inputs, outputs_and_gradients, short_name
 
@@ -196,7 +197,7 @@ def bytes_moved(case: NormCase, direction: str) -> int:
     parameters = (
         case.cols * (case.weight_dtype or case.dtype).itemsize * (case.weight + (case.bias and case.is_layer_norm))
     )
-    stats = case.rows * reference.accumulate_dtype(case.dtype).itemsize * (2 if case.is_layer_norm else 1)
+    stats = case.rows * accumulate_dtype(case.dtype).itemsize * (2 if case.is_layer_norm else 1)
     forward = size * (4 if case.adds else 2) + parameters + stats
     backward = size * (4 if case.adds else 3) + 2 * parameters + stats
     return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[direction]

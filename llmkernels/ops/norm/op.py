@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from llmkernels import _op, registry
-from llmkernels._autograd import differentiable_backward, needs_grad, transform_active
+from llmkernels._autograd import differentiable_backward, is_differentiated, needs_grad, transform_active
+from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_names
 from llmkernels.ops.norm import reference
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # --- raw ops: one forward and one backward per kind; a residual is an optional input --------------------------------
 
 
 def _stats(x: Tensor, normalized_shape) -> Tensor:
-    return x.new_empty(x.shape[: x.dim() - len(normalized_shape)], dtype=reference.accumulate_dtype(x.dtype))
+    return x.new_empty(x.shape[: x.dim() - len(normalized_shape)], dtype=accumulate_dtype(x.dtype))
 
 
 def _like(x: Tensor, wanted: bool = True) -> Tensor:
@@ -121,7 +120,7 @@ class LayerNormFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if dy is None:
             dy = torch.zeros_like(s)
-        if _is_differentiated(dy):
+        if is_differentiated():
             formula = lambda s, weight, bias: reference.layer_norm(s, None, weight, bias, normalized_shape, eps)
             ds, dweight, dbias = differentiable_backward(formula, (s, weight, bias), (dy,))
             if dresidual is not None:
@@ -152,7 +151,7 @@ class RMSNormFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if dy is None:
             dy = torch.zeros_like(s)
-        if _is_differentiated(dy):
+        if is_differentiated():
             formula = lambda s, weight: reference.rms_norm(s, None, weight, normalized_shape, eps, weight_offset)
             ds, dweight = differentiable_backward(formula, (s, weight), (dy,))
             if dresidual is not None:
@@ -162,11 +161,6 @@ class RMSNormFunction(torch.autograd.Function):
             wanted = (needs[0] or needs[1], needs[2])
             ds, dweight = bwd(dy, dresidual, s, weight, rstd, normalized_shape, weight_offset, wanted)
         return (*_grads(needs, ds, ds, dweight), None, None, None, None)
-
-
-def _is_differentiated(dy: Tensor) -> bool:
-    """Whether this backward is itself recorded (create_graph=True). A compiler records no second order."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _grads(needs, *grads):
@@ -193,17 +187,13 @@ def _check_tensor(op: str, name: str, tensor: Tensor, x: Tensor, shape: tuple[in
     if tensor.device != x.device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device}, the device of input")
     if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected one of {_dtype_names()}")
-
-
-def _dtype_names() -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected one of {dtype_names()}")
 
 
 def _prepare(op, x, residual, weight, bias, normalized_shape):
     """Check the meaning of the arguments, once for every backend; cast what torch's own op would cast."""
     if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: input has dtype {x.dtype}, expected one of {_dtype_names()}")
+        raise TypeError(f"{op}: input has dtype {x.dtype}, expected one of {dtype_names()}")
     shape = _checked_shape(op, x, normalized_shape)
     if residual is not None:
         _check_tensor(op, "residual", residual, x, x.shape, "input.shape")
@@ -258,9 +248,9 @@ def _rms_norm(op, x, residual, normalized_shape, weight, eps, weight_offset, bac
             raise ValueError(f"{op}: weight_offset is {weight_offset} without a weight, expected 0.0")
     elif weight.dtype != x.dtype:
         # As torch: any floating weight, multiplied in the type of the statistics.
-        weight = weight.to(reference.accumulate_dtype(x.dtype))
+        weight = weight.to(accumulate_dtype(x.dtype))
     if eps is None:
-        eps = torch.finfo(reference.accumulate_dtype(x.dtype)).eps
+        eps = torch.finfo(accumulate_dtype(x.dtype)).eps
     tensors = (x, residual, weight, None)
     chosen = registry.pick(op, tensors, backend)
     if chosen.name == "torch" and transform_active():

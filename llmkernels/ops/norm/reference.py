@@ -7,10 +7,7 @@ Ba, Kiros, Hinton 2016, arXiv:1607.06450 (layer norm); Zhang, Sennrich 2019, arX
 import torch
 from torch import Tensor
 
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of statistics and sums: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from llmkernels._dtypes import accumulate_dtype
 
 
 def _normalized_dims(normalized_shape) -> tuple[int, ...]:

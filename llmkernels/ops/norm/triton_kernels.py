@@ -6,14 +6,13 @@ programs, each sums dweight and dbias over its own rows into its own line of a w
 lines in order, so results are bitwise the same from run to run on one device.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkernels.ops.norm.reference import accumulate_dtype
+from llmkernels._dtypes import accumulate_dtype
+from llmkernels._triton import TL_DTYPE, as_rows, cast
 
 MAX_BLOCK = 8192  # columns held in registers at a time: 32 values a thread with 8 warps
 
@@ -22,20 +21,6 @@ def config(cols: int) -> tuple[int, int]:
     """(BLOCK_COLS, num_warps) for rows of `cols` columns. 16 to 32 values a thread keep loads in flight, no spills."""
     block = min(triton.next_power_of_2(max(cols, 16)), MAX_BLOCK)
     return block, min(max(block // 512, 1), 16)
-
-
-# Triton's interpreter truncates when it stores bf16; a GPU rounds to nearest even.
-_TRUNCATES = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
-
-
-@triton.jit
-def _cast(value, to: tl.constexpr):
-    """`value` rounded to nearest even."""
-    if _TRUNCATES and to == tl.bfloat16:
-        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
-    return value.to(to)
 
 
 @triton.jit
@@ -72,7 +57,7 @@ def _norm_fwd_kernel(
             at = start + lanes
             a = tl.load(x_ptr + row * x_stride + at, mask=at < cols, other=0.0).to(ACC)
             b = tl.load(residual_ptr + row * residual_stride + at, mask=at < cols, other=0.0).to(ACC)
-            tl.store(sum_ptr + row * cols + at, _cast(a + b, sum_ptr.dtype.element_ty), mask=at < cols)
+            tl.store(sum_ptr + row * cols + at, cast(a + b, sum_ptr.dtype.element_ty), mask=at < cols)
         tl.debug_barrier()  # other threads of this program read what this one wrote
         s_ptr = sum_ptr + row * cols
 
@@ -126,7 +111,7 @@ def _norm_fwd_kernel(
             y = y * w
         if HAS_BIAS:
             y += tl.load(bias_ptr + at, mask=mask, other=0.0).to(ACC)
-        tl.store(y_ptr + row * cols + at, _cast(y, y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + row * cols + at, cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -221,7 +206,7 @@ def _norm_bwd_kernel(
                 dx = (g - g_mean - xhat * slope) * rstd
                 if ADD:
                     dx += tl.load(dresidual_ptr + row * dresidual_stride + at, mask=mask, other=0.0).to(ACC)
-                tl.store(dx_ptr + row * cols + at, _cast(dx, dx_ptr.dtype.element_ty), mask=mask)
+                tl.store(dx_ptr + row * cols + at, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
             if ONE_BLOCK:
                 dweight += dy * xhat
                 dbias += dy
@@ -257,21 +242,10 @@ def _norm_reduce_kernel(
     for _ in range(0, programs):
         total += tl.load(line_ptr, mask=mask, other=0.0)
         line_ptr += cols
-    tl.store(out_ptr + at, _cast(total, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + at, cast(total, out_ptr.dtype.element_ty), mask=mask)
 
 
-_TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 _REDUCE_COLS = 128
-
-
-def _rows(tensor: Tensor | None, rows: int, cols: int) -> tuple[Tensor | None, int]:
-    """`tensor` as [rows, cols] with unit inner stride (copied if it must be), and its row stride."""
-    if tensor is None:
-        return None, 0
-    flat = tensor.reshape(rows, cols)
-    if cols > 1 and flat.stride(1) != 1:
-        flat = flat.contiguous()
-    return flat, flat.stride(0)
 
 
 def _size(x: Tensor, normalized_shape) -> tuple[int, int]:
@@ -302,15 +276,15 @@ def _fwd(x, residual, weight, bias, normalized_shape, eps, weight_offset, *, rms
         mean.fill_(float("nan"))
         rstd.fill_(float("nan"))
     elif rows > 0:
-        flat, x_stride = _rows(x, rows, cols)
-        added, residual_stride = _rows(residual, rows, cols)
+        flat, x_stride = as_rows(x, rows, cols)
+        added, residual_stride = as_rows(residual, rows, cols)
         scalars = torch.tensor([eps, weight_offset], dtype=acc, device=x.device)
         block, warps = config(cols)
         with torch.cuda.device_of(x):
             _norm_fwd_kernel[(rows,)](
                 flat, added, weight, bias, y, new_residual, mean, rstd, scalars, x_stride, residual_stride, cols,
                 RMS=rms, ADD=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-                ONE_BLOCK=cols <= block, BLOCK_COLS=block, ACC=_TL_DTYPE[acc], num_warps=warps,
+                ONE_BLOCK=cols <= block, BLOCK_COLS=block, ACC=TL_DTYPE[acc], num_warps=warps,
             )  # fmt: skip
     return y, new_residual, mean, rstd
 
@@ -328,7 +302,7 @@ def _bwd(dy, dresidual, x, weight, mean, rstd, normalized_shape, weight_offset, 
     programs = bwd_programs(rows, x.device)
     partial = [torch.zeros((programs, cols), dtype=acc, device=x.device) if want else None for want in wanted[1:]]
     (grad, dy_stride), (flat, x_stride), (arriving, dresidual_stride) = (
-        _rows(tensor, rows, cols) for tensor in (dy, x, dresidual)
+        as_rows(tensor, rows, cols) for tensor in (dy, x, dresidual)
     )
     scalars = torch.tensor([0.0, weight_offset], dtype=acc, device=x.device)
     block, warps = config(cols)
@@ -338,13 +312,13 @@ def _bwd(dy, dresidual, x, weight, mean, rstd, normalized_shape, weight_offset, 
             dy_stride, dresidual_stride, x_stride, rows, cols,
             RMS=rms, ADD=dresidual is not None, HAS_WEIGHT=weight is not None,
             DX=wanted[0], DWEIGHT=wanted[1], DBIAS=wanted[2],
-            ONE_BLOCK=cols <= block, BLOCK_COLS=block, ACC=_TL_DTYPE[acc], num_warps=warps,
+            ONE_BLOCK=cols <= block, BLOCK_COLS=block, ACC=TL_DTYPE[acc], num_warps=warps,
         )  # fmt: skip
         for lines, out in zip(partial, outputs[1:], strict=True):
             if lines is not None:
                 grid = (triton.cdiv(cols, _REDUCE_COLS),)
                 _norm_reduce_kernel[grid](
-                    lines, out, programs, cols, BLOCK_COLS=_REDUCE_COLS, ACC=_TL_DTYPE[acc], num_warps=4
+                    lines, out, programs, cols, BLOCK_COLS=_REDUCE_COLS, ACC=TL_DTYPE[acc], num_warps=4
                 )
     return outputs
 
@@ -373,3 +347,27 @@ def rms_norm_bwd(dy, dresidual, x, weight, rstd, normalized_shape, weight_offset
     weight, rstd = _contiguous(weight, rstd)
     wanted = (*wanted, False)
     return tuple(_bwd(dy, dresidual, x, weight, None, rstd, normalized_shape, weight_offset, wanted, rms=True)[:2])
+
+
+def configurations():
+    """For testing/triton_aot.py: every block size, and every flag at least once."""
+    kinds = (("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp64", "fp64"))
+    lengths = (10, 600, 1500, 3000, 8192, 8193)
+    for index, cols in enumerate(lengths):
+        block, warps = config(cols)
+        data, weight = kinds[index % 4]
+        acc = "fp64" if data == "fp64" else "fp32"
+        shared = {"ONE_BLOCK": cols <= block, "BLOCK_COLS": block, "ACC": tl.float64 if acc == "fp64" else tl.float32}
+        for rms in (False, True):
+            flags = {"RMS": rms, "ADD": index % 2 == 0, "HAS_WEIGHT": True}
+            types = [data, data, weight, weight, data, data, acc, acc, acc, "i64", "i64", "i32"]
+            yield _norm_fwd_kernel, types, {**flags, "HAS_BIAS": not rms, **shared}, warps
+            types = [data, data, data, weight, acc, acc, data, acc, acc, acc, "i64", "i64", "i64", "i32", "i32"]
+            yield (
+                _norm_bwd_kernel,
+                types,
+                {**flags, "DX": True, "DWEIGHT": True, "DBIAS": not rms, **shared},
+                warps,
+            )
+        reduce = {"BLOCK_COLS": _REDUCE_COLS, "ACC": shared["ACC"]}
+        yield _norm_reduce_kernel, [acc, weight, "i32", "i32"], reduce, 4

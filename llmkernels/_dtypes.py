@@ -1,0 +1,15 @@
+"""The dtypes of floating ops, and the type that their sums and intermediate values have."""
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def dtype_names() -> str:
+    """FLOAT_DTYPES for an error's text."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of statistics, sums and intermediate values: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,33 @@
+"""What Triton kernels and launchers of two families share. Imported where they are: importing Triton takes 0.3 s."""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+# Triton's interpreter truncates when it stores bf16; a GPU rounds to nearest even.
+_TRUNCATES = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def cast(value, to: tl.constexpr):
+    """`value` rounded to nearest even."""
+    if _TRUNCATES and to == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
+    return value.to(to)
+
+
+def as_rows(tensor: Tensor | None, rows: int, cols: int) -> tuple[Tensor | None, int]:
+    """`tensor` as [rows, cols] with unit inner stride (copied if it must be), and its row stride."""
+    if tensor is None:
+        return None, 0
+    flat = tensor.reshape(rows, cols)
+    if cols > 1 and flat.stride(1) != 1:
+        flat = flat.contiguous()
+    return flat, flat.stride(0)
