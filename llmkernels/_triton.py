@@ -1,5 +1,7 @@
 """What Triton kernels and launchers of two families share. Imported where they are: importing Triton takes 0.3 s."""
 
+import ctypes
+import math
 import os
 
 import torch
@@ -21,6 +23,15 @@ def cast(value, to: tl.constexpr):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
     return value.to(to)
+
+
+def split_scalar(value: float) -> tuple[float, float]:
+    """`value` as two numbers that fp32 arguments hold and whose sum it is, to 48 bits.
+
+    A tensor would hold it exactly, at the price of a copy to the GPU in every call, which graph capture forbids.
+    """
+    first = ctypes.c_float(value).value
+    return first, value - first if math.isfinite(first) else 0.0
 
 
 def as_rows(tensor: Tensor | None, rows: int, cols: int) -> tuple[Tensor | None, int]:

@@ -23,7 +23,7 @@ SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 
 
 def configurations():
-    """(kernel, pointer types, other arguments, constants, warps) of every family that has Triton kernels."""
+    """(kernel, types of the arguments, constants, warps) of every family that has Triton kernels."""
     for family in ops.FAMILIES:
         name = f"llmkernels.ops.{family}.triton_kernels"
         if importlib.util.find_spec(name) is not None:
@@ -34,9 +34,10 @@ def _compile(kernel, types, constants, warps, capability):
     pointers = {"bf16", "fp16", "fp32", "fp64"}
     names = kernel.arg_names
     plain = [name for name in names if name not in constants]
-    signature = {name: f"*{kind}" if kind in pointers else kind for name, kind in zip(plain, types, strict=True)}
+    spelled = {**{kind: f"*{kind}" for kind in pointers}, "scalar": "fp32"}
+    signature = {name: spelled.get(kind, kind) for name, kind in zip(plain, types, strict=True)}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in plain if signature[name] != "fp32"}
     signature |= {name: "constexpr" for name in constants}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in plain}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmkernels._dtypes import accumulate_dtype
-from llmkernels._triton import TL_DTYPE, as_rows, cast
+from llmkernels._triton import TL_DTYPE, as_rows, cast, split_scalar
 
 MAX_BLOCK = 8192  # columns held in registers at a time: 32 values a thread with 8 warps
 
@@ -33,7 +33,10 @@ def _norm_fwd_kernel(
     sum_ptr,  # [rows, cols] T: x + residual; unused unless ADD
     mean_ptr,  # [rows] Acc; unused if RMS
     rstd_ptr,  # [rows] Acc
-    scalars_ptr,  # [2] Acc: eps, weight_offset. In memory because a scalar argument would be rounded to fp32
+    eps,  # a scalar argument is fp32, so each comes in two parts whose sum it is: see split_scalar
+    eps_rest,
+    weight_offset,
+    weight_offset_rest,
     x_stride,
     residual_stride,
     cols,
@@ -48,8 +51,8 @@ def _norm_fwd_kernel(
     """One program a row."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK_COLS)
-    eps = tl.load(scalars_ptr)
-    weight_offset = tl.load(scalars_ptr + 1)
+    eps = tl.full((), eps, ACC) + tl.full((), eps_rest, ACC)
+    weight_offset = tl.full((), weight_offset, ACC) + tl.full((), weight_offset_rest, ACC)
     s_ptr = x_ptr + row * x_stride
     if ADD:
         # The norm is of the sum as rounded to T, so it is written first and read back rounded.
@@ -142,7 +145,8 @@ def _norm_bwd_kernel(
     dx_ptr,  # [rows, cols] T; unused unless DX
     dweight_ptr,  # [programs, cols] Acc, zeros: this program's line; unused unless DWEIGHT
     dbias_ptr,  # [programs, cols] Acc, zeros; unused unless DBIAS
-    scalars_ptr,  # [2] Acc: unused, weight_offset
+    weight_offset,  # in two parts
+    weight_offset_rest,
     dy_stride,
     dresidual_stride,
     x_stride,
@@ -161,7 +165,7 @@ def _norm_bwd_kernel(
     """Program p takes rows p, p + programs, ... With one block its sums stay in registers until the end."""
     program = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK_COLS)
-    weight_offset = tl.load(scalars_ptr + 1)
+    weight_offset = tl.full((), weight_offset, ACC) + tl.full((), weight_offset_rest, ACC)
     dweight = tl.zeros([BLOCK_COLS], ACC)
     dbias = tl.zeros([BLOCK_COLS], ACC)
     for row in range(program, rows, tl.num_programs(0)):
@@ -278,11 +282,11 @@ def _fwd(x, residual, weight, bias, normalized_shape, eps, weight_offset, *, rms
     elif rows > 0:
         flat, x_stride = as_rows(x, rows, cols)
         added, residual_stride = as_rows(residual, rows, cols)
-        scalars = torch.tensor([eps, weight_offset], dtype=acc, device=x.device)
         block, warps = config(cols)
         with torch.cuda.device_of(x):
             _norm_fwd_kernel[(rows,)](
-                flat, added, weight, bias, y, new_residual, mean, rstd, scalars, x_stride, residual_stride, cols,
+                flat, added, weight, bias, y, new_residual, mean, rstd,
+                *split_scalar(eps), *split_scalar(weight_offset), x_stride, residual_stride, cols,
                 RMS=rms, ADD=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
                 ONE_BLOCK=cols <= block, BLOCK_COLS=block, ACC=TL_DTYPE[acc], num_warps=warps,
             )  # fmt: skip
@@ -304,11 +308,10 @@ def _bwd(dy, dresidual, x, weight, mean, rstd, normalized_shape, weight_offset, 
     (grad, dy_stride), (flat, x_stride), (arriving, dresidual_stride) = (
         as_rows(tensor, rows, cols) for tensor in (dy, x, dresidual)
     )
-    scalars = torch.tensor([0.0, weight_offset], dtype=acc, device=x.device)
     block, warps = config(cols)
     with torch.cuda.device_of(x):
         _norm_bwd_kernel[(programs,)](
-            grad, arriving, flat, weight, mean, rstd, outputs[0], partial[0], partial[1], scalars,
+            grad, arriving, flat, weight, mean, rstd, outputs[0], partial[0], partial[1], *split_scalar(weight_offset),
             dy_stride, dresidual_stride, x_stride, rows, cols,
             RMS=rms, ADD=dresidual is not None, HAS_WEIGHT=weight is not None,
             DX=wanted[0], DWEIGHT=wanted[1], DBIAS=wanted[2],
@@ -360,9 +363,10 @@ def configurations():
         shared = {"ONE_BLOCK": cols <= block, "BLOCK_COLS": block, "ACC": tl.float64 if acc == "fp64" else tl.float32}
         for rms in (False, True):
             flags = {"RMS": rms, "ADD": index % 2 == 0, "HAS_WEIGHT": True}
-            types = [data, data, weight, weight, data, data, acc, acc, acc, "i64", "i64", "i32"]
+            types = [data, data, weight, weight, data, data, acc, acc, *["scalar"] * 4, "i64", "i64", "i32"]
             yield _norm_fwd_kernel, types, {**flags, "HAS_BIAS": not rms, **shared}, warps
-            types = [data, data, data, weight, acc, acc, data, acc, acc, acc, "i64", "i64", "i64", "i32", "i32"]
+            types = [data, data, data, weight, acc, acc, data, acc, acc, "scalar", "scalar"]
+            types += ["i64", "i64", "i64", "i32", "i32"]
             yield (
                 _norm_bwd_kernel,
                 types,
