@@ -7,14 +7,14 @@
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
 
-// Powers of exp's series: 16-bit results have no digits to show the sixth.
+// 16-bit results have no digits to show the difference.
 template <class T>
-constexpr int kExpTerms = sizeof(T) == 2 ? 5 : ExpOf<AccOf<T>>::kTerms;
+constexpr bool kCoarse = sizeof(T) == 2;
 
 // 1 / sigmoid(x)
 template <class T>
 inline Vec<AccOf<T>> inverse_sigmoid(Vec<AccOf<T>> x) {
-  return AccOf<T>{1} + exp<AccOf<T>, kExpTerms<T>>(-x);
+  return AccOf<T>{1} + exp<AccOf<T>, kCoarse<T>>(-x);
 }
 
 // The argument of gelu_tanh's sigmoid, 2 u.
@@ -29,7 +29,7 @@ inline Vec<Acc> activated(Vec<Acc> g) {
   if constexpr (kActivation == Activation::kSilu) {
     return g / inverse_sigmoid<T>(g);
   } else if constexpr (kActivation == Activation::kGelu) {
-    return g * normal<Acc>(g).cdf;
+    return g * normal<kCoarse<T>>(g).cdf;
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     return g / inverse_sigmoid<T>(gelu_tanh_argument<Acc>(g));
   } else {
@@ -49,7 +49,7 @@ inline Pulled<Acc> pulled_back(Vec<Acc> g, Vec<Acc> d) {
     const Vec<Acc> s = Acc{1} / inverse_sigmoid<T>(g);
     return {g * s, d * (s * (Acc{1} + g * (Acc{1} - s)))};
   } else if constexpr (kActivation == Activation::kGelu) {
-    const Normal<Acc> n = normal<Acc>(g);
+    const Normal<Acc> n = normal<kCoarse<T>>(g);
     return {g * n.cdf, d * (n.cdf + g * n.density)};
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     constexpr Acc kScale = static_cast<Acc>(kGeluTanhScale);
