@@ -17,10 +17,11 @@ def test_info(capsys):
     assert facts["backends"]["torch"] == "present" and "layer_norm" in facts["ops"]
 
 
-def test_check_on_a_users_shape(capsys):
-    assert main(["check", "rms_norm", "--shape", "5x77", "--dtype", "fp32", "--backend", "torch"]) == 0
+@pytest.mark.parametrize("op", ("rms_norm", "swiglu"))
+def test_check_on_a_users_shape(op, capsys):
+    assert main(["check", op, "--shape", "5x77", "--dtype", "fp32", "--backend", "torch"]) == 0
     text = capsys.readouterr().out
-    assert "rms_norm" in text and "ok" in text and "FAIL" not in text
+    assert op in text and "ok" in text and "FAIL" not in text
 
 
 def test_check_fails_on_a_wrong_kernel(capsys, monkeypatch):

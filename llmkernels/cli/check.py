@@ -1,7 +1,6 @@
 """`llmkernels check`: the parity battery on the user's own machine, optionally on shapes the user names."""
 
 import argparse
-import dataclasses
 
 import torch
 from rich.progress import track
@@ -46,11 +45,7 @@ def _selected(args) -> list:
                 chosen.append((cases, case))
     if args.shape:
         plain = {(case.op, case.dtype): (cases, case) for cases, case in reversed(chosen) if case.data == "normal"}
-        chosen = [
-            (cases, dataclasses.replace(case, shape=shape, normalized_shape=shape[-1:]))
-            for shape in args.shape
-            for cases, case in plain.values()
-        ]
+        chosen = [(cases, cases.reshaped(case, shape)) for shape in args.shape for cases, case in plain.values()]
     return chosen
 
 

@@ -71,19 +71,20 @@ inline Vec<Acc> taylor(Vec<Acc> r, Vec<Acc> r2, Vec<Acc> r4, Vec<Acc> r8) {
 }
 
 // exp(x) = 2^n exp(r) with r = x - n ln 2, at most ln(2) / 2 in size, where Taylor's series is off by 0.1 ulp after as
-// many powers as ExpOf says. NaN, Inf, overflow and denormal results as they should be. Fewer kTerms do for a result of
-// fewer digits: off by 2.4e-6 with 5.
-template <class Acc, int kTerms = ExpOf<Acc>::kTerms>
+// many powers as ExpOf says. NaN, Inf, overflow and denormal results as they should be. Coarse: within 5e-6, for results of
+// 16 bits.
+template <class Acc, bool kCoarse = false>
 inline Vec<Acc> exp(Vec<Acc> x) {
   using Of = ExpOf<Acc>;
   x = clamped<Acc>(x, Of::kLowest, Of::kHighest);
   // Adding kShift leaves the nearest whole number in the low bits of the mantissa.
   const Vec<Acc> shifted = x * static_cast<Acc>(1.4426950408889634) + Of::kShift;
   const Vec<Acc> n = shifted - Of::kShift;
-  const Vec<Acc> r = (x - n * Of::kLn2High) - n * Of::kLn2Low;
+  constexpr Acc kLn2 = static_cast<Acc>(0.6931471805599453);
+  const Vec<Acc> r = kCoarse ? x - n * kLn2 : (x - n * Of::kLn2High) - n * Of::kLn2Low;
   const Vec<Acc> r2 = r * r, r4 = r2 * r2, r8 = r4 * r4;
   // 1 and r are added last, where their digits are safe.
-  const Vec<Acc> p = Acc{1} + (r + r2 * taylor<Acc, 2, kTerms - 1>(r, r2, r4, r8));
+  const Vec<Acc> p = Acc{1} + (r + r2 * taylor<Acc, 2, (kCoarse ? 5 : Of::kTerms) - 1>(r, r2, r4, r8));
 #if defined(CPU_CAPABILITY_AVX512)
   // p 2^n, rounded once. With a mask of all lanes: gcc 12 warns of the plain intrinsics.
   if constexpr (sizeof(Acc) == 4) {
@@ -108,17 +109,14 @@ struct Normal {
 
 constexpr double kInverseSqrt2 = 0.7071067811865476, kInverseSqrt2Pi = 0.3989422804014327;
 
-template <class Acc>
-inline Normal<Acc> normal(Vec<Acc> x);
-
 // What lies beyond |x| is exp(-x^2 / 2) t P(t) with t = 1 / (1 + 0.35 |x|): the exponential is the density's too, and
 // unlike 1 + erf nothing cancels where x is far below zero. P is our own fit, by least squares reweighted towards the
 // largest relative error at 400 Chebyshev points of t over 0 <= |x| <= 14.3: off by 3.2e-8. All in all within 3 ulp
 // for |x| < 1; further out the rounding of x^2 / 2 adds x^2 / 4 ulp to a result that is small.
-template <>
-inline Normal<float> normal<float>(FloatVector x) {
+template <bool kCoarse>
+inline Normal<float> normal(FloatVector x) {
   const FloatVector size = bit_cast<FloatVector>(bit_cast<UInt32Vector>(x) & 0x7fffffffu);
-  const FloatVector e = exp<float>(x * x * -0.5f);
+  const FloatVector e = exp<float, kCoarse>(x * x * -0.5f);
   const FloatVector t = 1.0f / (1.0f + 0.35f * size);
   FloatVector p = splat(-2.91540846e-2f);
   p = p * t + 1.44012064e-1f;
@@ -134,8 +132,8 @@ inline Normal<float> normal<float>(FloatVector x) {
 }
 
 // Through the C library, lane by lane: as many digits as double has would take a far longer polynomial.
-template <>
-inline Normal<double> normal<double>(DoubleVector x) {
+template <bool>
+inline Normal<double> normal(DoubleVector x) {
   Normal<double> result;
   for (int i = 0; i < kLanes<double>; ++i) result.cdf[i] = 0.5 * __builtin_erfc(-kInverseSqrt2 * x[i]);
   result.density = exp<double>(x * x * -0.5) * kInverseSqrt2Pi;

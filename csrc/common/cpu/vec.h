@@ -38,6 +38,7 @@ using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t UInt32Vector __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t UInt16Vector __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t UInt16Half __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as FloatVector
 
 template <class Acc>
@@ -73,17 +74,21 @@ inline UInt32Vector zero_extend(UInt16Half bits) {
 
 inline FloatVector widen(UInt16Half bits, BFloat16) { return bit_cast<FloatVector>(zero_extend(bits) << 16); }
 
-// Round to nearest even. Only a NaN is cut instead, or the carry could turn it into a number; its upper bits say that
-// it is one, since every value stored here comes out of arithmetic, which makes NaNs quiet.
+// The upper half of each lane, rounded to nearest even. Only a NaN is cut instead, or the carry could turn it into a
+// number; its upper bits say that it is one, since every value stored here comes out of arithmetic, which makes NaNs
+// quiet.
+inline UInt32Vector rounded_to_bf16(FloatVector value) {
+  const UInt32Vector bits = bit_cast<UInt32Vector>(value);
+  return (value == value) ? bits + (((bits >> 16) & 1u) + 0x7fffu) : bits;
+}
+
 inline UInt16Half narrow(FloatVector value, BFloat16) {
 #if defined(CPU_CAPABILITY_AVX512_BF16)
   // The instruction takes denormals for zero, whatever the mode of the processor is.
   const __mmask16 denormal = _mm512_fpclass_ps_mask(bit_cast<__m512>(value), 0x20);
   if (__builtin_expect(denormal == 0, 1)) return bit_cast<UInt16Half>(_mm512_cvtneps_pbh(bit_cast<__m512>(value)));
 #endif
-  const UInt32Vector bits = bit_cast<UInt32Vector>(value);
-  const UInt32Vector rounded = bits + (((bits >> 16) & 1u) + 0x7fffu);
-  const UInt32Vector kept = ((value == value) ? rounded : bits) >> 16;
+  const UInt32Vector kept = rounded_to_bf16(value) >> 16;
 #if defined(CPU_CAPABILITY_AVX512)
   return bit_cast<UInt16Half>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(kept)));
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -244,6 +249,75 @@ inline void for_each_vector(int64_t begin, int64_t end, F&& f) {
   int64_t j = begin;
   for (; j + kLanes<Acc> <= end; j += kLanes<Acc>) f(j, Whole{});
   if (j < end) f(j, Tail{static_cast<int>(end - j)});
+}
+
+// --- elementwise maps ---
+
+// Two vectors of elements side by side, in an order that store_pair undoes: bf16 splits into its even and its odd
+// elements, which takes half the instructions of widening one half after the other.
+template <class T>
+inline void load_pair(const T* from, Vec<AccOf<T>>& a, Vec<AccOf<T>>& b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    UInt32Vector bits;
+    __builtin_memcpy(&bits, from, sizeof(bits));
+    a = bit_cast<FloatVector>(bits << 16);
+    b = bit_cast<FloatVector>(bits & 0xffff0000u);
+    return;
+  }
+#endif
+  a = load(from);
+  b = load(from + kLanes<AccOf<T>>);
+}
+
+template <class T>
+inline void store_pair(T* to, Vec<AccOf<T>> a, Vec<AccOf<T>> b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+    // As `narrow`: denormals are not for the instruction.
+    const __mmask16 denormal_a = _mm512_fpclass_ps_mask(bit_cast<__m512>(a), 0x20);
+    const __mmask16 denormal_b = _mm512_fpclass_ps_mask(bit_cast<__m512>(b), 0x20);
+    if (__builtin_expect(_kortestz_mask16_u8(denormal_a, denormal_b), 1)) {
+      const __m512i both = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(b), bit_cast<__m512>(a)));
+      UInt16Vector order;
+      for (int i = 0; i < 2 * kLanes<float>; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * kLanes<float>);
+      const __m512i bits = _mm512_permutexvar_epi16(bit_cast<__m512i>(order), both);
+      __builtin_memcpy(to, &bits, sizeof(bits));
+      return;
+    }
+#endif
+    const UInt32Vector bits = rounded_to_bf16(a) >> 16 | (rounded_to_bf16(b) & 0xffff0000u);
+    __builtin_memcpy(to, &bits, sizeof(bits));
+    return;
+  }
+#endif
+  store(to, a);
+  store(to + kLanes<AccOf<T>>, b);
+}
+
+// out[i][j] = y[i] after f(x, y) with x[i] = in[i][j], for j in [begin, end); a null output is left out.
+template <class T, int kIn, int kOut, class F>
+inline void map(int64_t begin, int64_t end, const T* const (&in)[kIn], T* const (&out)[kOut], F&& f) {
+  using Acc = AccOf<T>;
+  int64_t j = begin;
+  for (; j + 2 * kLanes<Acc> <= end; j += 2 * kLanes<Acc>) {
+    Vec<Acc> xa[kIn], xb[kIn], ya[kOut], yb[kOut];
+    for (int i = 0; i < kIn; ++i) load_pair(in[i] + j, xa[i], xb[i]);
+    f(xa, ya);
+    f(xb, yb);
+    for (int i = 0; i < kOut; ++i) {
+      if (out[i] != nullptr) store_pair(out[i] + j, ya[i], yb[i]);
+    }
+  }
+  for_each_vector<Acc>(j, end, [&](int64_t k, auto part) {
+    Vec<Acc> x[kIn], y[kOut];
+    for (int i = 0; i < kIn; ++i) x[i] = part.load(in[i] + k);
+    f(x, y);
+    for (int i = 0; i < kOut; ++i) {
+      if (out[i] != nullptr) part.store(out[i] + k, y[i]);
+    }
+  });
 }
 
 // --- horizontal sum, always in the same order: halves are added until one lane is left ---

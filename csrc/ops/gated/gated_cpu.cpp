@@ -7,14 +7,14 @@
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
 
-// Powers of exp's series: 16-bit results have no digits to show the sixth.
+// 16-bit results have no digits to show the difference.
 template <class T>
-constexpr int kExpTerms = sizeof(T) == 2 ? 5 : ExpOf<AccOf<T>>::kTerms;
+constexpr bool kCoarse = sizeof(T) == 2;
 
 // 1 / sigmoid(x)
 template <class T>
 inline Vec<AccOf<T>> inverse_sigmoid(Vec<AccOf<T>> x) {
-  return AccOf<T>{1} + exp<AccOf<T>, kExpTerms<T>>(-x);
+  return AccOf<T>{1} + exp<AccOf<T>, kCoarse<T>>(-x);
 }
 
 // The argument of gelu_tanh's sigmoid, 2 u.
@@ -29,7 +29,7 @@ inline Vec<Acc> activated(Vec<Acc> g) {
   if constexpr (kActivation == Activation::kSilu) {
     return g / inverse_sigmoid<T>(g);
   } else if constexpr (kActivation == Activation::kGelu) {
-    return g * normal<Acc>(g).cdf;
+    return g * normal<kCoarse<T>>(g).cdf;
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     return g / inverse_sigmoid<T>(gelu_tanh_argument<Acc>(g));
   } else {
@@ -49,7 +49,7 @@ inline Pulled<Acc> pulled_back(Vec<Acc> g, Vec<Acc> d) {
     const Vec<Acc> s = Acc{1} / inverse_sigmoid<T>(g);
     return {g * s, d * (s * (Acc{1} + g * (Acc{1} - s)))};
   } else if constexpr (kActivation == Activation::kGelu) {
-    const Normal<Acc> n = normal<Acc>(g);
+    const Normal<Acc> n = normal<kCoarse<T>>(g);
     return {g * n.cdf, d * (n.cdf + g * n.density)};
   } else if constexpr (kActivation == Activation::kGeluTanh) {
     constexpr Acc kScale = static_cast<Acc>(kGeluTanhScale);
@@ -81,8 +81,8 @@ void fwd_elements(const GatedFwdParams& p, int64_t begin, int64_t end) {
     const T* gate = static_cast<const T*>(p.gate) + row * p.gate_row_stride;
     const T* up = static_cast<const T*>(p.up) + row * p.up_row_stride;
     T* y = static_cast<T*>(p.y) + row * p.cols;
-    for_each_vector<Acc>(first, stop, [&](int64_t j, auto part) {
-      part.store(y + j, activated<T, kActivation>(part.load(gate + j)) * part.load(up + j));
+    map<T, 2, 1>(first, stop, {gate, up}, {y}, [](const Vec<Acc>(&in)[2], Vec<Acc>(&out)[1]) {
+      out[0] = activated<T, kActivation>(in[0]) * in[1];
     });
   });
 }
@@ -96,11 +96,10 @@ void bwd_elements(const GatedBwdParams& p, int64_t begin, int64_t end) {
     const T* up = static_cast<const T*>(p.up) + row * p.up_row_stride;
     T* dgate = p.dgate != nullptr ? static_cast<T*>(p.dgate) + row * p.grad_row_stride : nullptr;
     T* dup = p.dup != nullptr ? static_cast<T*>(p.dup) + row * p.grad_row_stride : nullptr;
-    for_each_vector<Acc>(first, stop, [&](int64_t j, auto part) {
-      const Vec<Acc> d = part.load(dy + j);
-      const Pulled<Acc> pulled = pulled_back<T, kActivation>(part.load(gate + j), d * part.load(up + j));
-      if (dgate != nullptr) part.store(dgate + j, pulled.gradient);
-      if (dup != nullptr) part.store(dup + j, d * pulled.value);
+    map<T, 3, 2>(first, stop, {dy, gate, up}, {dgate, dup}, [](const Vec<Acc>(&in)[3], Vec<Acc>(&out)[2]) {
+      const Pulled<Acc> pulled = pulled_back<T, kActivation>(in[1], in[0] * in[2]);
+      out[0] = pulled.gradient;
+      out[1] = in[0] * pulled.value;
     });
   });
 }

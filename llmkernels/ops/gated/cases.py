@@ -1,7 +1,7 @@
 """What tests, `llmkernels check` and benchmarks run for the gated family: shapes, inputs, truth, baseline, bytes."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -143,6 +143,11 @@ def bytes_moved(case: GatedCase, direction: str) -> int:
 def plain_case(op: str, dtype: torch.dtype = torch.float32, *, tiny: bool = False) -> GatedCase:
     """An ordinary call of `op` with every tensor present; `tiny` where each element is perturbed alone."""
     return GatedCase(op, (3, 5) if tiny else (6, 24), dtype)
+
+
+def reshaped(case: GatedCase, shape: tuple[int, ...]) -> GatedCase:
+    """The same call on tensors of another shape, one that a user gives: `llmkernels check --shape`."""
+    return replace(case, shape=shape)
 
 
 def test_cases() -> list[GatedCase]:

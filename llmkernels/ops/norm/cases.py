@@ -1,7 +1,7 @@
 """What tests, `llmkernels check` and benchmarks run for the norm family: shapes, inputs, truth, baseline, bytes."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as torch_functional
@@ -207,6 +207,11 @@ def plain_case(op: str, dtype: torch.dtype = torch.float32, *, tiny: bool = Fals
     """An ordinary call of `op` with every tensor present; `tiny` where each element is perturbed alone."""
     shape = (3, 5) if tiny else (6, 24)
     return NormCase(op, shape, shape[-1:], dtype)
+
+
+def reshaped(case: NormCase, shape: tuple[int, ...]) -> NormCase:
+    """The same call on tensors of another shape, one that a user gives: `llmkernels check --shape`."""
+    return replace(case, shape=shape, normalized_shape=shape[-1:])
 
 
 def test_cases() -> list[NormCase]:
