@@ -38,6 +38,7 @@ using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t UInt32Vector __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t UInt16Vector __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t UInt16Half __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as FloatVector
 
 template <class Acc>
@@ -73,17 +74,21 @@ inline UInt32Vector zero_extend(UInt16Half bits) {
 
 inline FloatVector widen(UInt16Half bits, BFloat16) { return bit_cast<FloatVector>(zero_extend(bits) << 16); }
 
-// Round to nearest even. Only a NaN is cut instead, or the carry could turn it into a number; its upper bits say that
-// it is one, since every value stored here comes out of arithmetic, which makes NaNs quiet.
+// The upper half of each lane, rounded to nearest even. Only a NaN is cut instead, or the carry could turn it into a
+// number; its upper bits say that it is one, since every value stored here comes out of arithmetic, which makes NaNs
+// quiet.
+inline UInt32Vector rounded_to_bf16(FloatVector value) {
+  const UInt32Vector bits = bit_cast<UInt32Vector>(value);
+  return (value == value) ? bits + (((bits >> 16) & 1u) + 0x7fffu) : bits;
+}
+
 inline UInt16Half narrow(FloatVector value, BFloat16) {
 #if defined(CPU_CAPABILITY_AVX512_BF16)
   // The instruction takes denormals for zero, whatever the mode of the processor is.
   const __mmask16 denormal = _mm512_fpclass_ps_mask(bit_cast<__m512>(value), 0x20);
   if (__builtin_expect(denormal == 0, 1)) return bit_cast<UInt16Half>(_mm512_cvtneps_pbh(bit_cast<__m512>(value)));
 #endif
-  const UInt32Vector bits = bit_cast<UInt32Vector>(value);
-  const UInt32Vector rounded = bits + (((bits >> 16) & 1u) + 0x7fffu);
-  const UInt32Vector kept = ((value == value) ? rounded : bits) >> 16;
+  const UInt32Vector kept = rounded_to_bf16(value) >> 16;
 #if defined(CPU_CAPABILITY_AVX512)
   return bit_cast<UInt16Half>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(kept)));
 #elif defined(CPU_CAPABILITY_AVX2)

@@ -1,8 +1,8 @@
 // swiglu, geglu and reglu on the CPU, compiled once per instruction set. The maths is in gated.h.
 #include "ops/gated/gated_cpu.h"
 
+#include "common/cpu/map.h"
 #include "common/cpu/math.h"
-#include "common/cpu/vec.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
@@ -81,8 +81,8 @@ void fwd_elements(const GatedFwdParams& p, int64_t begin, int64_t end) {
     const T* gate = static_cast<const T*>(p.gate) + row * p.gate_row_stride;
     const T* up = static_cast<const T*>(p.up) + row * p.up_row_stride;
     T* y = static_cast<T*>(p.y) + row * p.cols;
-    for_each_vector<Acc>(first, stop, [&](int64_t j, auto part) {
-      part.store(y + j, activated<T, kActivation>(part.load(gate + j)) * part.load(up + j));
+    map<T, 2, 1>(first, stop, {gate, up}, {y}, [](const Vec<Acc>(&in)[2], Vec<Acc>(&out)[1]) {
+      out[0] = activated<T, kActivation>(in[0]) * in[1];
     });
   });
 }
@@ -96,11 +96,10 @@ void bwd_elements(const GatedBwdParams& p, int64_t begin, int64_t end) {
     const T* up = static_cast<const T*>(p.up) + row * p.up_row_stride;
     T* dgate = p.dgate != nullptr ? static_cast<T*>(p.dgate) + row * p.grad_row_stride : nullptr;
     T* dup = p.dup != nullptr ? static_cast<T*>(p.dup) + row * p.grad_row_stride : nullptr;
-    for_each_vector<Acc>(first, stop, [&](int64_t j, auto part) {
-      const Vec<Acc> d = part.load(dy + j);
-      const Pulled<Acc> pulled = pulled_back<T, kActivation>(part.load(gate + j), d * part.load(up + j));
-      if (dgate != nullptr) part.store(dgate + j, pulled.gradient);
-      if (dup != nullptr) part.store(dup + j, d * pulled.value);
+    map<T, 3, 2>(first, stop, {dy, gate, up}, {dgate, dup}, [](const Vec<Acc>(&in)[3], Vec<Acc>(&out)[2]) {
+      const Pulled<Acc> pulled = pulled_back<T, kActivation>(in[1], in[0] * in[2]);
+      out[0] = pulled.gradient;
+      out[1] = in[0] * pulled.value;
     });
   });
 }
