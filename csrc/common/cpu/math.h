@@ -71,8 +71,8 @@ inline Vec<Acc> taylor(Vec<Acc> r, Vec<Acc> r2, Vec<Acc> r4, Vec<Acc> r8) {
 }
 
 // exp(x) = 2^n exp(r) with r = x - n ln 2, at most ln(2) / 2 in size, where Taylor's series is off by 0.1 ulp after as
-// many powers as ExpOf says. NaN, Inf, overflow and denormal results as they should be. Coarse: within 5e-6, for results of
-// 16 bits.
+// many powers as ExpOf says. NaN, Inf, overflow and denormal results as they should be. Coarse: within 5e-6, which is
+// all that a result of 16 bits can show.
 template <class Acc, bool kCoarse = false>
 inline Vec<Acc> exp(Vec<Acc> x) {
   using Of = ExpOf<Acc>;
@@ -111,7 +111,7 @@ constexpr double kInverseSqrt2 = 0.7071067811865476, kInverseSqrt2Pi = 0.3989422
 
 // What lies beyond |x| is exp(-x^2 / 2) t P(t) with t = 1 / (1 + 0.35 |x|): the exponential is the density's too, and
 // unlike 1 + erf nothing cancels where x is far below zero. P is our own fit, by least squares reweighted towards the
-// largest relative error at 400 Chebyshev points of t over 0 <= |x| <= 14.3: off by 3.2e-8. All in all within 3 ulp
+// largest relative error at 400 Chebyshev points of t over 0 <= |x| <= 14.3: off by 3.2e-8. All in all within 4 ulp
 // for |x| < 1; further out the rounding of x^2 / 2 adds x^2 / 4 ulp to a result that is small.
 template <bool kCoarse>
 inline Normal<float> normal(FloatVector x) {

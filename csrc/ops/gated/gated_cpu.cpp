@@ -1,8 +1,8 @@
 // swiglu, geglu and reglu on the CPU, compiled once per instruction set. The maths is in gated.h.
 #include "ops/gated/gated_cpu.h"
 
+#include "common/cpu/map.h"
 #include "common/cpu/math.h"
-#include "common/cpu/vec.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
