@@ -1,6 +1,6 @@
 # One word per intention. Each of `make demo` and `make test` does all the set-up by itself; a second run takes seconds.
 #   make demo | test [OP=layer_norm] [BACKEND=cpu] | bench | tables | build | fmt | lint | sanitize
-#   gpu | new-op NAME=x | clean
+#   gpu | registers | new-op NAME=x | clean
 #   VENV=none PYTHON=python3   the interpreter as it is: no virtual environment, no pip, no network
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +14,7 @@ else
 endif
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test bench tables build fmt lint sanitize gpu new-op clean help
+.PHONY: demo test bench tables build fmt lint sanitize gpu registers new-op clean help
 help:
 	@sed -n '1,4s/^# //p' Makefile
 
@@ -55,6 +55,10 @@ sanitize: $(DEPS)
 # On a machine with a GPU: the tests, the goldens of the PTX interpreter, compute-sanitizer, the benchmarks.
 gpu: $(DEPS)
 	PY="$$(realpath -s "$$(command -v $(PY))")" sh scripts/gpu.sh
+
+# docs/cuda-registers.md, from the built module.
+registers: build
+	$(PY) scripts/cuda_registers.py
 
 new-op: build
 	$(PY) scripts/new_op.py $(NAME)
