@@ -14,10 +14,8 @@ import torch
 
 import llmkernels
 from llmkernels import _native
+from llmkernels.testing import resources
 from tests.tree import ROOT, copy_tree, python, run
-
-TOOL = importlib.util.find_spec("triton")
-CUOBJDUMP = Path(TOOL.origin).parent / "backends/nvidia/bin/cuobjdump" if TOOL else None
 
 
 def needs(name: str):
@@ -42,18 +40,12 @@ def test_no_weak_symbols_in_what_is_compiled_for_one_instruction_set():
 
 
 @needs("cuda")
-@pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump: comes with triton, which is not installed")
+@pytest.mark.skipif(resources.CUOBJDUMP is None, reason="cuobjdump: comes with triton, which is not installed")
 def test_no_cuda_kernel_spills():
-    usage = subprocess.run(
-        [CUOBJDUMP, "--dump-resource-usage", _native.module("cuda").__file__],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    kernels = resources.usage(_native.module("cuda").__file__)
     assert len(kernels) > 100
-    assert [kernel for kernel in kernels if int(kernel[2]) or int(kernel[4])] == []
-    assert max(int(registers) for _, registers, *_ in kernels) <= 128, "a block of 512 threads needs 128 or fewer"
+    assert [name for name, row in kernels.items() if row["STACK"] or row["LOCAL"]] == []
+    assert max(row["REG"] for row in kernels.values()) <= 128, "a block of 512 threads needs 128 or fewer"
 
 
 @needs("cuda")

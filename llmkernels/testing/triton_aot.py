@@ -6,17 +6,15 @@ interpreted process cannot be compiled. Prints one JSON object per compiled kern
 
 import importlib.util
 import json
-import re
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from llmkernels import ops
+from llmkernels.testing import resources
 
 # Bytes of shared memory a block may use, by compute capability.
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
@@ -42,18 +40,15 @@ def _compile(kernel, types, constants, warps, capability):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
-def _usage(binary: bytes, cuobjdump: Path) -> dict[str, int]:
+def _usage(binary: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        text = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text.stdout)}
+        (row,) = resources.usage(file.name).values()
+    return row
 
 
 def main(capabilities) -> None:
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     for kernel, types, constants, warps in configurations():
         for capability in capabilities:
             compiled = _compile(kernel, types, constants, warps, capability)
@@ -63,7 +58,7 @@ def main(capabilities) -> None:
                 "warps": warps,
                 "constants": {name: str(value) for name, value in constants.items()},
                 "shared": compiled.metadata.shared,
-                **_usage(compiled.asm["cubin"], cuobjdump),
+                **_usage(compiled.asm["cubin"]),
             }
             print(json.dumps(row), flush=True)
 

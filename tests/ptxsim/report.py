@@ -8,12 +8,12 @@ perfect for 4-byte accesses of a warp, 16 for 16-byte ones); wavefronts a reques
 import argparse
 import collections
 import dataclasses
-import re
 import sys
 import warnings
 
 from llmkernels import ops
 from llmkernels.testing.battery import evaluate
+from llmkernels.testing.resources import short_name
 from tests.ptxsim import backend as simulated
 from tests.ptxsim import sim
 
@@ -44,15 +44,10 @@ def count(backend: str, op: str | None) -> dict[str, collections.Counter]:
             with sim.device(record=True, check=False, multiprocessors=132) as launches:
                 evaluate(cases, case, cases.make_inputs(case), backend)
             for launch in launches.all:
-                sums[short(launch["kernel"])] += collections.Counter({"launches": 1} | {n: launch[n] for n in COUNTED})
+                sums[short_name(launch["kernel"])] += collections.Counter(
+                    {"launches": 1} | {n: launch[n] for n in COUNTED}
+                )
     return sums
-
-
-def short(kernel: str) -> str:
-    """A demangled name without result, parameters and namespaces."""
-    name = kernel.replace("(anonymous namespace)::", "").removeprefix("void ")
-    name = re.sub(r"\((?:\w+::)*\w+\)(?=-?\d)", "", name)  # casts of enumerators: (Kind)0 -> 0
-    return re.sub(r"\w+::", "", name.partition("(")[0])
 
 
 def ratio(sums: collections.Counter, part: str, whole: str) -> str:
