@@ -1,6 +1,7 @@
 """The torch.autograd.Functions themselves, for people who write their own modules: `X.apply(...)`."""
 
+from llmkernels.ops.attention.op import AttentionFunction
 from llmkernels.ops.gated.op import GatedFunction
 from llmkernels.ops.norm.op import LayerNormFunction, RMSNormFunction
 
-__all__ = ["GatedFunction", "LayerNormFunction", "RMSNormFunction"]
+__all__ = ["AttentionFunction", "GatedFunction", "LayerNormFunction", "RMSNormFunction"]

@@ -1,6 +1,18 @@
 """The functional surface: torch.nn.functional's signatures, plus keyword-only extras (`backend=` everywhere)."""
 
+from llmkernels.ops.attention.sdpa import scaled_dot_product_attention
+from llmkernels.ops.attention.varlen import attention_varlen
 from llmkernels.ops.gated.op import geglu, reglu, swiglu
 from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-__all__ = ["add_layer_norm", "add_rms_norm", "geglu", "layer_norm", "reglu", "rms_norm", "swiglu"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention_varlen",
+    "geglu",
+    "layer_norm",
+    "reglu",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "swiglu",
+]

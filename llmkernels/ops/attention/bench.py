@@ -1,0 +1,63 @@
+"""What is worth timing of attention, and the peers to beat."""
+
+import torch
+import torch.nn.functional as torch_functional
+
+from llmkernels.ops.attention.cases import AttentionCase
+
+
+def bench_cases(op: str, full: bool) -> list[AttentionCase]:
+    """Cases of `op`: the goals' shapes."""
+    make = lambda dtype, **sizes: AttentionCase(op, dtype=dtype, **{"T": sizes["S"], **sizes})
+    if op == "attention_varlen":
+        lengths = (512, 256, 128, 64, 64)
+        return [AttentionCase(op, B=5, H=8, D=64, dtype=dtype, causal="bottom_right", lengths=(lengths, lengths))
+                for dtype in (torch.float32, torch.bfloat16)]  # fmt: skip
+    found = [make(dtype, B=1, H=8, S=1024, D=64, causal=causal) for dtype in (torch.bfloat16, torch.float32)
+             for causal in ("top_left", None)]  # fmt: skip
+    found += [make(dtype, B=4, H=8, S=512, D=64, causal="top_left") for dtype in (torch.bfloat16, torch.float32)]
+    if full:
+        found.append(make(torch.bfloat16, B=1, H=8, S=2048, D=128, causal="top_left"))
+    return found
+
+
+def overhead_case(op: str) -> AttentionCase:
+    """One query: the time is that of the call, not of the kernel."""
+    lengths = ((1,), (8,)) if op == "attention_varlen" else None
+    return AttentionCase(op, B=1, H=1, S=1, T=8, D=64, lengths=lengths)
+
+
+def _sdpa(case: AttentionCase, inputs):
+    """torch's fused attention, for the cases that it has; it returns no lse."""
+    mask = inputs.boolean_mask if inputs.mask is None else inputs.mask
+    return (
+        torch_functional.scaled_dot_product_attention(
+            inputs.q, inputs.k, inputs.v, mask, is_causal=case.causal == "top_left",
+            enable_gqa=case.key_heads != case.H,
+        ),
+    )  # fmt: skip
+
+
+def _padded(case: AttentionCase, inputs):
+    """attention_varlen as torch users write it: pad, and mask what was padded."""
+    q, k, v = (
+        torch.nested.nested_tensor_from_jagged(x, ends.long()).to_padded_tensor(0.0).transpose(1, 2)
+        for x, ends in zip((inputs.q, inputs.k, inputs.v), (*inputs.cu_seqlens, inputs.cu_seqlens[1]), strict=True)
+    )
+    lengths = [ends.diff() for ends in inputs.cu_seqlens]
+    seen = torch.arange(k.shape[2], device=k.device) < lengths[1][:, None]
+    mask = seen[:, None, None, :] & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    out = torch_functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=case.key_heads != case.H)
+    kept = torch.arange(q.shape[2], device=q.device) < lengths[0][:, None]
+    return (out.transpose(1, 2)[kept],)
+
+
+def peers(case: AttentionCase) -> dict:
+    """Name -> function of the inputs; what is returned is compared as far as it goes."""
+    function = _padded if case.lengths is not None else _sdpa
+    return {"torch sdpa": lambda inputs: function(case, inputs)}
+
+
+def forward_peers(case: AttentionCase, device: str) -> dict:
+    """As `peers`, without a backward: none."""
+    return {}
