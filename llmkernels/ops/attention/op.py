@@ -4,8 +4,6 @@
 cu_seqlens. reference.py has the maths, and what `row_max` and `log_sum` are.
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -94,7 +92,7 @@ class AttentionFunction(torch.autograd.Function):
     """apply(q, k, v, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options,
     return_lse, chosen) -> out, or (out, lse).
 
-    4-D tensors as reference.py has them; `options` is a tuple of the fields of reference.Options, `chosen` the name of
+    4-D tensors as reference.py has them; `options` is a reference.Options, `chosen` the name of
     the backend of both directions. Saves its inputs, out and two numbers per row: nothing of the size of the scores.
     """
 
@@ -118,7 +116,7 @@ class AttentionFunction(torch.autograd.Function):
         if is_differentiated() or needs[4]:
 
             def formula(q, k, v, mask, alibi_slopes, sinks):
-                rest = (seed, cu_seqlens_q, cu_seqlens_k, Options(*options))
+                rest = (seed, cu_seqlens_q, cu_seqlens_k, options)
                 return reference.attention(q, k, v, mask, alibi_slopes, sinks, *rest)
 
             grads = differentiable_backward(formula, (q, k, v, mask, alibi_slopes, sinks), (dout, dlse))
@@ -146,10 +144,9 @@ def attend(op: str, q, k, v, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_s
     if torch.compiler.is_exporting():
         chosen = registry.entry(op, registry.PORTABLE)
     tensors = (*differentiable, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
-    settings = dataclasses.astuple(options)
     if needs_grad(*differentiable):
-        return AttentionFunction.apply(*tensors, max_seqlen_k, settings, return_lse, chosen.name)
-    out, row_max, log_sum = chosen.fwd(*tensors, *settings)
+        return AttentionFunction.apply(*tensors, max_seqlen_k, options, return_lse, chosen.name)
+    out, row_max, log_sum = chosen.fwd(*tensors, *options)
     return (out, row_max + log_sum) if return_lse else out
 
 

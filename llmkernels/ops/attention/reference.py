@@ -21,6 +21,7 @@ arXiv:2309.17453 (sinks); Gemma Team 2024, arXiv:2408.00118 (softcap).
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +32,7 @@ from llmkernels._dtypes import accumulate_dtype
 CHUNK_ELEMENTS = 1 << 24  # of scores at a time: 64 MB in fp32
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What the maths above calls scale, window, alignment, softcap and dropout_p."""
 
     scale: float

@@ -12,13 +12,16 @@ from llmkernels.ops.attention.op import attend
 OP = "scaled_dot_product_attention"
 
 
-def _leading(op: str, shapes: dict[str, torch.Size]) -> torch.Size:
+def _leading(query: Tensor, key: Tensor, value: Tensor) -> torch.Size:
     """The broadcast shape of what stands before the heads."""
+    shapes = query.shape[:-3], key.shape[:-3], value.shape[:-3]
+    if shapes[0] == shapes[1] == shapes[2]:
+        return shapes[0]
     try:
-        return torch.broadcast_shapes(*shapes.values())
+        return torch.broadcast_shapes(*shapes)
     except RuntimeError:
-        got = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
-        raise ValueError(f"{op}: the batch dimensions are {got}, expected ones that broadcast") from None
+        got = ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(("query", "key", "value"), shapes, strict=True))
+        raise ValueError(f"{OP}: the batch dimensions are {got}, expected ones that broadcast") from None
 
 
 def _four_dimensions(tensor: Tensor, leading: torch.Size) -> Tensor:
@@ -129,7 +132,7 @@ def scaled_dot_product_attention(
         OP, query.shape[-1], scale=scale, is_causal=is_causal, causal=causal, window=window, softcap=softcap,
         dropout_p=dropout_p,
     )  # fmt: skip
-    leading = _leading(OP, {"query": query.shape[:-3], "key": key.shape[:-3], "value": value.shape[:-3]})
+    leading = _leading(query, key, value)
     heads, key_heads = _heads(query), _heads(key)
     if not enable_gqa and heads == 1 and key_heads > 1 and query.dim() > 2:
         query = query.expand(*query.shape[:-3], key_heads, -1, -1)  # a single head broadcasts, as torch's does
