@@ -7,9 +7,8 @@ from torch import Tensor
 
 from llmkernels import _op, registry
 from llmkernels._autograd import needs_grad, transform_active
-from llmkernels._dtypes import FLOAT_DTYPES, dtype_names
 from llmkernels.ops.attention import arguments
-from llmkernels.ops.attention.rotary import rotate, rows_at
+from llmkernels.ops.attention import rotary as rotary_embedding
 
 OP = "attention_kvcache"
 
@@ -84,30 +83,6 @@ def _check_pages(block_table: Tensor, lengths: list[int] | None, appended: int, 
         for at, page in enumerate(row[:used]):
             if not 0 <= page < pages:
                 raise ValueError(f"{OP}: block_table[{b}, {at}] is {page}, expected a page between 0 and {pages - 1}")
-
-
-def _check_rotary(rotary, query: Tensor, k: Tensor | None, turned: int, lengths: list[int] | None) -> None:
-    """`turned`: how many positions the query takes."""
-    kinds = (Tensor, Tensor, bool)
-    if not isinstance(rotary, Sequence) or len(rotary) not in (2, 3) or not all(map(isinstance, rotary, kinds)):
-        got = tuple(type(x).__name__ for x in rotary) if isinstance(rotary, Sequence) else type(rotary).__name__
-        raise TypeError(f"{OP}: rotary is {got}, expected tensors (cos, sin) or with a bool (cos, sin, interleaved)")
-    if k is None:
-        raise ValueError(f"{OP}: rotary is given without k and v, expected the new keys that it turns")
-    cos, sin = rotary[:2]
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        arguments.check_tensor(OP, name, tensor, query, None)
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{OP}: {name} has dtype {tensor.dtype}, expected one of {dtype_names()}")
-    if cos.dim() != 2 or 2 * cos.shape[1] > query.shape[3]:
-        raise ValueError(
-            f"{OP}: cos has shape {tuple(cos.shape)}, expected (positions, pairs) and no more than"
-            f" {query.shape[3] // 2} pairs"
-        )
-    _expect("sin", sin, tuple(cos.shape), "the shape of cos")
-    if lengths and max(lengths) + max(k.shape[1], turned) > cos.shape[0]:
-        needed = max(lengths) + max(k.shape[1], turned)
-        raise ValueError(f"{OP}: cos has {cos.shape[0]} positions, expected at least {needed}")
 
 
 # --- what is done ---------------------------------------------------------------------------------------------------
@@ -189,8 +164,8 @@ def attention_kvcache(
     ordered = causal is not None or (options.window_left, options.window_right) != (-1, -1)
     turned = query.shape[1] if ordered else 1  # how many positions the queries are at
     if rotary is not None:
-        _check_rotary(rotary, query, k, turned, lengths)
-    cos, sin, interleaved = (*(rotary or (None, None)), False)[:3]
+        rotary_embedding.check(OP, rotary, query, k, turned, lengths)
+    cos, sin = (None, None) if rotary is None else rotary[:2]
     _check_forward_only(query=query, k_cache=k_cache, v_cache=v_cache, k=k, v=v, cos=cos, sin=sin,
                         alibi_slopes=alibi_slopes, sinks=sinks)  # fmt: skip
     chosen = registry.pick(OP, (query, k_cache, v_cache, None, alibi_slopes, sinks), backend)
@@ -201,8 +176,7 @@ def attention_kvcache(
     if block_table is not None and not isinstance(start, Tensor):
         start = torch.full((query.shape[0],), start, dtype=torch.int32, device=query.device)
     if rotary is not None:
-        k = rotate(k, *(rows_at(table, start, appended).unsqueeze(2) for table in (cos, sin)), interleaved)
-        query = rotate(query, *(rows_at(table, start, turned).unsqueeze(2) for table in (cos, sin)), interleaved)
+        query, k = rotary_embedding.turn(query, k, rotary, start, turned, checked=lengths is not None)
     if appended:
         _append(k_cache, k, start, block_table)
         _append(v_cache, v, start, block_table)
