@@ -34,8 +34,9 @@ def add_arguments(parser) -> None:
 
 def _selected(args) -> list:
     """(cases module, case) for every case asked for."""
-    if args.op is not None and args.op not in registry.ops():
-        raise UsageError(f"unknown op {args.op!r}, expected one of {', '.join(registry.ops())}")
+    known = ops.with_cases()
+    if args.op is not None and args.op not in known:
+        raise UsageError(f"unknown op {args.op!r}, expected one of {', '.join(known)}")
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
         raise UsageError(f"device {args.device!r} is not there")
     chosen = []

@@ -19,3 +19,8 @@ def cases_of(family: str) -> ModuleType:
 def bench_of(family: str) -> ModuleType:
     """The bench module of a family."""
     return importlib.import_module(f"llmkernels.ops.{family}.bench")
+
+
+def with_cases() -> list[str]:
+    """The ops that `llmkernels check` and `bench` can run."""
+    return [op for family in FAMILIES for op in cases_of(family).OPS]
