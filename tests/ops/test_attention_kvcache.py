@@ -1,22 +1,21 @@
 """attention_kvcache and merge_attention: the tolerance rule on every backend, properties, compilation, errors."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 import llmkernels
 from llmkernels import functional
-from llmkernels.ops.attention import cases as attention_cases
-from llmkernels.ops.attention.cases import AttentionCase, AttentionInputs
-from llmkernels.testing.compare import compare_rows
+from llmkernels.ops.attention import forward_cases
+from llmkernels.ops.attention.forward_cases import GARBAGE
+from llmkernels.testing.battery import baseline, evaluate, failures, judge_results
 from llmkernels.testing.inputs import short_name
 from tests.kernels import missing
 
 OP = "attention_kvcache"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-GARBAGE = float("nan")  # what a cache holds beyond its sequences
+DTYPES = forward_cases.DTYPES
 
 
 @pytest.fixture
@@ -28,225 +27,22 @@ def kernel(backend) -> str:
     return backend
 
 
-@dataclass(frozen=True)
-class CacheCase:
-    """One call: the options of `attention`, the lengths before the append, and how many keys are appended."""
-
-    name: str  # the word in tests/coverage.toml
-    lengths: tuple[int, ...] = (40, 40)
-    S: int = 1
-    H: int = 4
-    Hk: int = 4
-    D: int = 16
-    Dv: int = 16
-    T: int = 40  # room of the cache for each sequence
-    page_size: int | None = None
-    appended: int = 0
-    rotary: str | None = None  # half, interleaved, part
-    causal: str | None = None
-    window: tuple[int, int] | None = None
-    softcap: float = 0.0
-    alibi: bool = False
-    sinks: bool = False
-    dtype: torch.dtype = torch.float32
-
-    def __str__(self) -> str:
-        return f"{self.name}-{'_'.join(map(str, self.lengths))}x{self.S}x{self.H}x{self.D}-{short_name(self.dtype)}"
-
-    def sequence(self, b: int) -> AttentionCase:
-        """What sequence `b` computes, as a call of scaled_dot_product_attention."""
-        return AttentionCase(
-            "scaled_dot_product_attention", 1, self.H, self.S, self.lengths[b] + self.appended, self.D, self.dtype,
-            self.Hk, self.Dv, self.causal, self.window, self.softcap, self.alibi, self.sinks,
-        )  # fmt: skip
-
-
-def made(dtype: torch.dtype) -> list[CacheCase]:
-    make = lambda name, **options: CacheCase(name, dtype=dtype, **options)
-    ragged = {"lengths": (5, 33, 0, 40), "T": 48}
-    chunk = {"lengths": (0, 17, 30), "S": 9, "appended": 9, "T": 48, "causal": "bottom_right"}
-    cases = [make("plain"), make("plain", S=5, D=64, Dv=64, lengths=(40,)), make("lengths", **ragged)]
-    cases += [
-        make("lengths", S=3, causal="bottom_right", **ragged),
-        make("gqa", Hk=2, **ragged),
-        make("gqa", Hk=1, S=2),
-    ]
-    cases += [make("paged", page_size=16, **ragged), make("paged", page_size=16, S=4, Hk=2, Dv=24, **ragged)]
-    cases += [make("paged", page_size=1, **ragged), make("paged", page_size=7, causal="bottom_right", S=2, **ragged)]
-    cases += [make("prefill", **chunk), make("prefill", page_size=16, Hk=2, **chunk)]
-    cases += [make("prefill", **{**chunk, "lengths": (0, 0), "S": 70, "appended": 70, "T": 70})]
-    cases += [make("window", S=2, window=window, **ragged) for window in ((8, 0), (3, 4), (-1, 0), (0, 0))]
-    cases += [make("softcap", softcap=3.0, **ragged), make("alibi", alibi=True, S=2, **ragged)]
-    cases += [make("sinks", sinks=True, **ragged), make("sinks", sinks=True, S=3, causal="top_left", **ragged)]
-    cases += [make("append", appended=1, **ragged), make("append", appended=3, S=2, page_size=5, **ragged)]
-    cases += [make("rotary", rotary=kind, appended=2, S=2, causal="bottom_right", **ragged)
-              for kind in ("half", "interleaved", "part")]  # fmt: skip
-    cases += [make("rotary", rotary="half", appended=1, S=3, **ragged)]  # all queries are at one position
-    cases += [make("rotary", rotary="interleaved", appended=2, S=2, window=(9, 0), page_size=16, **ragged)]
-    cases += [make("split", lengths=(900,), T=1000, H=2, Hk=1, D=64, Dv=64)]
-    cases += [make("split", lengths=(700, 3), T=1000, H=4, Hk=2, D=32, Dv=32, page_size=50, sinks=True)]
-    cases += [make("combined", appended=2, S=2, Hk=2, Dv=24, causal="bottom_right", window=(20, 3), softcap=8.0,
-                   alibi=True, sinks=True, rotary="half", page_size=16, **ragged)]  # fmt: skip
-    return cases
-
-
-CASES = [case for dtype in DTYPES for case in made(dtype)]
-
-
-@dataclass
-class CacheInputs:
-    """Sequences apart from each other, and the options' tensors."""
-
-    q: torch.Tensor  # [B, S, H, D]
-    k: list[torch.Tensor]  # of each sequence, what is appended included: [T_b, Hk, D]
-    v: list[torch.Tensor]
-    alibi_slopes: torch.Tensor | None
-    sinks: torch.Tensor | None
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
-
-    def to(self, dtype: torch.dtype) -> "CacheInputs":
-        turn = lambda x: x if x is None else [t.to(dtype) for t in x] if isinstance(x, list) else x.to(dtype)
-        return CacheInputs(*(turn(getattr(self, name)) for name in self.__dataclass_fields__))
-
-
-def make_inputs(case: CacheCase, device: str, seed: int = 0) -> CacheInputs:
-    generator = torch.Generator().manual_seed(seed)
-    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
-    normal = lambda *shape, dtype=case.dtype: torch.randn(shape, generator=generator, dtype=torch.float64).to(
-        device, dtype
-    )
-    totals = [length + case.appended for length in case.lengths]
-    q = normal(len(totals), case.S, case.H, case.D)
-    k, v = ([normal(total, case.Hk, dim) for total in totals] for dim in (case.D, case.Dv))
-    slopes = torch.rand((len(totals), case.H), generator=generator).to(device, wide) if case.alibi else None
-    sinks = normal(case.H, dtype=wide) if case.sinks else None
-    if case.rotary is None:
-        return CacheInputs(q, k, v, slopes, sinks, None, None)
-    pairs = case.D // 4 if case.rotary == "part" else case.D // 2
-    angles = torch.arange(64)[:, None] / 30.0 ** (torch.arange(pairs) / pairs)
-    return CacheInputs(q, k, v, slopes, sinks, angles.cos().to(device, wide), angles.sin().to(device, wide))
-
-
-def caches(case: CacheCase, inputs: CacheInputs):
-    """(k_cache, v_cache, block_table): the keys before the append, and garbage in all the rest; pages in no order."""
-    found = []
-    batch = len(case.lengths)
-    for rows in (inputs.k, inputs.v):
-        cache = rows[0].new_full((batch, case.T, case.Hk, rows[0].shape[-1]), GARBAGE)
-        for b, length in enumerate(case.lengths):
-            cache[b, :length] = rows[b][:length]
-        found.append(cache)
-    if case.page_size is None:
-        return *found, None
-    each = -(-case.T // case.page_size)
-    order = torch.randperm(batch * each + 2, generator=torch.Generator().manual_seed(3))[: batch * each]
-    order = order.view(batch, each).to(inputs.q.device)
-    for index, cache in enumerate(found):
-        padded = cache.new_full((batch, each * case.page_size, *cache.shape[2:]), GARBAGE)
-        padded[:, : case.T] = cache
-        found[index] = cache.new_full((batch * each + 2, case.page_size, *cache.shape[2:]), GARBAGE)
-        found[index][order] = padded.unflatten(1, (each, case.page_size))
-    table = order.to(torch.int32)
-    for b, length in enumerate(case.lengths):
-        table[b, -(-(length + case.appended) // case.page_size) :] = -1
-    return *found, table
-
-
-def arguments(case: CacheCase, inputs: CacheInputs, table) -> dict:
-    new = [torch.stack([rows[b][length:] for b, length in enumerate(case.lengths)]) for rows in (inputs.k, inputs.v)]
-    lengths = torch.tensor(case.lengths, dtype=torch.int32, device=inputs.q.device)
-    whole = not case.appended and all(length == case.T for length in case.lengths) and table is None
-    return {
-        "k": new[0] if case.appended else None, "v": new[1] if case.appended else None,
-        "cache_seqlens": None if whole else lengths, "block_table": table, "causal": case.causal, "window": case.window,
-        "softcap": case.softcap, "alibi_slopes": inputs.alibi_slopes, "sinks": inputs.sinks,
-        "rotary": None if case.rotary is None else (inputs.cos, inputs.sin, case.rotary == "interleaved"),
-    }  # fmt: skip
-
-
-def turned(x, cos, sin, kind: str):
-    """Rows `[n, heads, D]` turned by `[n, pairs]` angles: a complex product of each pair, rounded once."""
-    if x.dtype.itemsize == 2:
-        return turned(x.float(), cos, sin, kind).to(x.dtype)
-    pairs = cos.shape[-1]
-    rest = x[..., 2 * pairs :]
-    a, b = (x[..., 0::2], x[..., 1::2]) if kind == "interleaved" else (x[..., :pairs], x[..., pairs : 2 * pairs])
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    a, b = a * cos - b * sin, a * sin + b * cos
-    if kind == "interleaved":
-        return torch.stack((a, b), -1).flatten(-2)
-    return torch.cat((a, b, rest), -1)
-
-
-def each_sequence(case: CacheCase, inputs: CacheInputs):
-    """(AttentionCase, AttentionInputs) of each sequence, turned where that is asked for."""
-    for b, length in enumerate(case.lengths):
-        q, k, v = inputs.q[b], inputs.k[b], inputs.v[b]
-        if case.rotary is not None:
-            ordered = case.causal is not None or case.window is not None
-            at = torch.arange(case.S if ordered else 1) + length
-            q = turned(q, inputs.cos[at], inputs.sin[at], case.rotary)
-            new = slice(length, length + case.appended)
-            k = torch.cat((k[:length], turned(k[length:], inputs.cos[new], inputs.sin[new], case.rotary)))
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        slopes = None if inputs.alibi_slopes is None else inputs.alibi_slopes[b]
-        dout = torch.ones(1, case.H, case.S, case.Dv, dtype=q.dtype, device=q.device)
-        yield (
-            case.sequence(b),
-            AttentionInputs(q, k, v, None, inputs.sinks, dout, torch.zeros_like(dout[..., 0]), slopes),
-        )
-
-
-def definition(case: CacheCase, inputs: CacheInputs):
-    """(out `[B, S, H, Dv]`, lse `[B, H, S]`) by the definition in the dtype of the inputs."""
-    parts = [attention_cases.call_torch(*each) for each in each_sequence(case, inputs)]
-    return torch.cat([out for out, _ in parts]).transpose(1, 2), torch.cat([lse for _, lse in parts])
-
-
-def turning_error(case: CacheCase, inputs: CacheInputs) -> torch.Tensor | None:
-    """`[B * H]`: what the one rounding of turned queries and keys does to a score, such that an ulp of it is that."""
-    if case.rotary is None or case.dtype.itemsize > 2:
-        return None
-    sizes = []
-    for _, tensors in each_sequence(case, inputs.to(torch.float64)):
-        q, k = tensors.q.square(), tensors.k.square().repeat_interleave(case.H // case.Hk, 1)
-        sizes.append((q @ k.transpose(-1, -2)).amax((-1, -2)).sqrt() / math.sqrt(case.D))
-    return torch.cat(sizes).flatten() * (torch.finfo(case.dtype).eps / torch.finfo(torch.float32).eps)
-
-
-def judged(case: CacheCase, inputs: CacheInputs, out, lse) -> list[str]:
-    """What the tolerance rule rejects."""
-    floor = torch.stack([attention_cases.term_size(*each, "out").view(case.H, case.S)
-                         for each in each_sequence(case, inputs.to(torch.float64))])  # fmt: skip
-    rows = lambda x: x.transpose(1, 2).reshape(-1, x.shape[-1])
-    truth, yardstick = definition(case, inputs.to(torch.float64)), definition(case, inputs)
-    differences = {
-        "out": compare_rows(rows(out), rows(truth[0]), rows(yardstick[0]), floor=floor.flatten()),
-        "lse": compare_rows(lse.flatten(0, 1), truth[1].flatten(0, 1), yardstick[1].flatten(0, 1),
-                            floor=turning_error(case, inputs)),
-    }  # fmt: skip
-    return [f"{name}: {difference.message}" for name, difference in differences.items() if difference.message]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", forward_cases.test_cases(), ids=str)
 def test_matches_fp64_truth(case, kernel, device, poison, covers):
     if case.dtype == torch.float64 and kernel != "torch":
         pytest.skip(f"{kernel}: fp64 runs on torch alone")
-    inputs = make_inputs(case, device)
-    k_cache, v_cache, table = caches(case, inputs)
-    before = k_cache.clone(), v_cache.clone()
-    options = arguments(case, inputs, table)
-    out, lse = functional.attention_kvcache(inputs.q, k_cache, v_cache, **options, return_lse=True, backend=kernel)
-    assert judged(case, inputs, out, lse) == []
+    inputs = forward_cases.make_inputs(case, device)
+    before = inputs.k_cache.clone(), inputs.v_cache.clone()
+    results = evaluate(forward_cases, case, inputs, kernel)
+    assert failures(judge_results(forward_cases, case, inputs, results)) == []
     # What was written is what was appended, and nothing else was written.
-    for cache, old, name in ((k_cache, before[0], "k"), (v_cache, before[1], "v")):
+    caches = ((inputs.k_cache, before[0], inputs.k), (inputs.v_cache, before[1], inputs.v))
+    for cache, old, new in caches:
         written = ~(torch.eq(cache, old) | (cache.isnan() & old.isnan())).flatten(2).all(-1)
         assert int(written.sum()) == len(case.lengths) * case.appended
-        if case.appended and not (case.rotary and name == "k"):
-            assert {tuple(row.flatten().tolist()) for row in cache[written]} == {
-                tuple(row.flatten().tolist()) for row in options[name].flatten(0, 1)
-            }
+        if case.appended and not (case.rotary and new is inputs.k):
+            rows = lambda x: {tuple(row.flatten().tolist()) for row in x}
+            assert rows(cache[written]) == rows(new.flatten(0, 1))
     covers(OP, kernel, short_name(case.dtype), case.name, "fwd")
 
 
@@ -262,20 +58,21 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=short_name)
+@pytest.mark.parametrize("dtype", forward_cases.DTYPES[1:], ids=short_name)
 def test_rule_rejects_wrong_variants(wrong, dtype):
-    case = next(case for case in made(dtype) if case.name == "combined")
-    inputs = make_inputs(case, "cpu")
+    case = next(case for case in forward_cases.test_cases() if case.name == "combined" and case.dtype == dtype)
+    inputs = forward_cases.make_inputs(case)
     other = replace(case, **WRONG[wrong](case))
-    changed = replace(
-        inputs,
-        k=[rows[: length + case.appended] for rows, length in zip(inputs.k, other.lengths, strict=True)],
-        v=[rows[: length + case.appended] for rows, length in zip(inputs.v, other.lengths, strict=True)],
+    shorter = lambda rows: [x[: n + case.appended] for x, n in zip(rows, other.lengths, strict=True)]
+    changed = inputs.replace(
+        keys=shorter(inputs.keys),
+        values=shorter(inputs.values),
         alibi_slopes=inputs.alibi_slopes if other.alibi else None,
         sinks=inputs.sinks if other.sinks else None,
     )
-    assert judged(case, inputs, *definition(case, inputs)) == []
-    assert judged(case, inputs, *definition(other, changed)) != []
+    rejected = lambda *given: failures(judge_results(forward_cases, case, inputs, baseline(forward_cases, *given)))
+    assert rejected(case, inputs) == []
+    assert rejected(other, changed) != []
 
 
 # --- properties -----------------------------------------------------------------------------------------------------
