@@ -1,6 +1,6 @@
 """Kernels for language models that drop into PyTorch: every kernel, every backend, proven, explained, undoable."""
 
-from llmkernels import autograd, functional, nn
+from llmkernels import autograd, compat, functional, nn
 from llmkernels._explain import backends, explain
 from llmkernels.accelerate import accelerate, accelerated, restore
 from llmkernels.registry import NoBackendError, use_backend
@@ -13,6 +13,7 @@ __all__ = [
     "accelerated",
     "autograd",
     "backends",
+    "compat",
     "explain",
     "functional",
     "nn",

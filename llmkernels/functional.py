@@ -1,5 +1,7 @@
 """The functional surface: torch.nn.functional's signatures, plus keyword-only extras (`backend=` everywhere)."""
 
+from llmkernels.ops.attention.kvcache import attention_kvcache
+from llmkernels.ops.attention.merge import merge_attention
 from llmkernels.ops.attention.sdpa import scaled_dot_product_attention
 from llmkernels.ops.attention.varlen import attention_varlen
 from llmkernels.ops.gated.op import geglu, reglu, swiglu
@@ -8,9 +10,11 @@ from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "attention_kvcache",
     "attention_varlen",
     "geglu",
     "layer_norm",
+    "merge_attention",
     "reglu",
     "rms_norm",
     "scaled_dot_product_attention",

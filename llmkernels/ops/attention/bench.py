@@ -4,10 +4,14 @@ import torch
 import torch.nn.functional as torch_functional
 
 from llmkernels.ops.attention.cases import AttentionCase
+from llmkernels.ops.attention.forward_cases import CacheCase
 
 
 def bench_cases(op: str, full: bool) -> list[AttentionCase]:
     """Cases of `op`: the goals' shapes."""
+    if op == "attention_kvcache":
+        lengths = [(4096,), (1024,) * 8] if full else [(4096,)]
+        return [_decoding(dtype, rows) for dtype in (torch.float32, torch.bfloat16) for rows in lengths]
     make = lambda dtype, **sizes: AttentionCase(op, dtype=dtype, **{"T": sizes["S"], **sizes})
     if op == "attention_varlen":
         lengths = (512, 256, 128, 64, 64)
@@ -21,8 +25,16 @@ def bench_cases(op: str, full: bool) -> list[AttentionCase]:
     return found
 
 
-def overhead_case(op: str) -> AttentionCase:
+def _decoding(dtype: torch.dtype, lengths: tuple[int, ...]) -> CacheCase:
+    """One token of a model with 32 heads, of which 4 share the keys."""
+    sizes = {"H": 32, "Hk": 8, "D": 128, "Dv": 128, "T": max(lengths)}
+    return CacheCase("decode", lengths, dtype=dtype, lse=False, **sizes)
+
+
+def overhead_case(op: str) -> AttentionCase | CacheCase:
     """One query: the time is that of the call, not of the kernel."""
+    if op == "attention_kvcache":
+        return CacheCase("call", (8,), H=1, Hk=1, D=64, Dv=64, T=8, lse=False)
     lengths = ((1,), (8,)) if op == "attention_varlen" else None
     return AttentionCase(op, B=1, H=1, S=1, T=8, D=64, lengths=lengths)
 
@@ -52,12 +64,26 @@ def _padded(case: AttentionCase, inputs):
     return (out.transpose(1, 2)[kept],)
 
 
-def peers(case: AttentionCase) -> dict:
+def _decoded(case: CacheCase, inputs, *, grouped: bool):
+    """torch's fused attention to caches [B, Hk, T, D]; `grouped`: the heads that share keys as rows of one head."""
+    q, (k, v) = inputs.q.transpose(1, 2), inputs.heads_first
+    if grouped:
+        q = q.unflatten(1, (case.Hk, case.H // case.Hk)).flatten(2, 3)
+    out = torch_functional.scaled_dot_product_attention(q, k, v, enable_gqa=not grouped)
+    return (out.unflatten(2, (-1, case.S)).flatten(1, 2).transpose(1, 2) if grouped else out.transpose(1, 2),)
+
+
+def peers(case: AttentionCase | CacheCase) -> dict:
     """Name -> function of the inputs; what is returned is compared as far as it goes."""
+    if isinstance(case, CacheCase):
+        return {
+            "torch sdpa": lambda inputs: _decoded(case, inputs, grouped=False),
+            "torch sdpa, heads as rows": lambda inputs: _decoded(case, inputs, grouped=True),
+        }
     function = _padded if case.lengths is not None else _sdpa
     return {"torch sdpa": lambda inputs: function(case, inputs)}
 
 
-def forward_peers(case: AttentionCase, device: str) -> dict:
+def forward_peers(case: AttentionCase | CacheCase, device: str) -> dict:
     """As `peers`, without a backward: none."""
     return {}
