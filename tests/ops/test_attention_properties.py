@@ -1,80 +1,33 @@
 """What attention means, as properties that hold on every backend, bit for bit where the answer is exact."""
 
-import importlib.util
-
 import pytest
 import torch
 
 import llmkernels
-from llmkernels import _random, functional, registry
 from llmkernels.ops.attention import cases
 from llmkernels.testing.battery import evaluate, failures, judge
 from llmkernels.testing.inputs import short_name
-
-SDPA, VARLEN = cases.OPS
-every_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=short_name)
-
-
-def kernel_absent(backend: str) -> str | None:
-    """Why what was built here has no attention on a backend, or None."""
-    if not registry.has(SDPA, backend):
-        return f"{SDPA} has no such kernel"
-    if backend == "triton":
-        found = importlib.util.find_spec("llmkernels.ops.attention.triton_kernels")
-        return None if found else "there are no Triton kernels of attention"
-    if backend == "torch":
-        return None
-    name = "cpu" if backend == "cpu" else "cuda"
-    has = torch._C._dispatch_has_kernel_for_dispatch_key(f"llmkernels_{name}::attention_fwd", name.upper())
-    return None if has else f"the {name} module that was built here has no attention"
+from tests.ops.attention_support import (
+    SDPA,
+    close,
+    every_dtype,
+    grads,
+    kernel_absent,
+    normal_on,
+    sdpa,
+    varlen,
+    with_kernel,
+)
 
 
 @pytest.fixture
 def backend(backend):
-    if kernel_absent(backend):
-        pytest.skip(f"{backend}: {kernel_absent(backend)}")
-    return backend
+    return with_kernel(backend)
 
 
 @pytest.fixture
 def random(device):
-    """random(shape): normal numbers on the device, the same in every run."""
-    generator = torch.Generator().manual_seed(7)
-    return lambda *shape, dtype=torch.float32: torch.randn(shape, generator=generator).to(dtype).to(device)
-
-
-def run(function, *arguments, **options):
-    """A backend may refuse a call with a sentence; what it must not refuse, tests/coverage.toml lists."""
-    try:
-        return function(*arguments, **options)
-    except llmkernels.NoBackendError as error:
-        pytest.skip(str(error).split(": ", 1)[-1])
-
-
-def sdpa(backend, q, k, v, mask=None, **options):
-    """(out, lse)."""
-    return run(
-        functional.scaled_dot_product_attention,
-        q,
-        k,
-        v,
-        mask,
-        enable_gqa=True,
-        return_lse=True,
-        backend=backend,
-        **options,
-    )
-
-
-def grads(outputs, *tensors, seed=3):
-    """Gradients for arriving gradients that are the same for every call."""
-    generator = torch.Generator().manual_seed(seed)
-    arriving = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
-    return torch.autograd.grad(outputs, tensors, arriving)
-
-
-def close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+    return normal_on(device)
 
 
 # --- who sees whom --------------------------------------------------------------------------------------------------
@@ -192,12 +145,6 @@ def test_a_sink_is_a_key_whose_value_is_zero(backend, random, poison):
 
 
 # --- packed sequences -----------------------------------------------------------------------------------------------
-
-
-def varlen(backend, q, k, v, lengths_q, lengths_k, **options):
-    ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(q.device) for lengths in (lengths_q, lengths_k)]
-    longest = max(lengths_q), max(lengths_k)
-    return run(functional.attention_varlen, q, k, v, *ends, *longest, return_lse=True, backend=backend, **options)
 
 
 @pytest.mark.parametrize("options", ({}, {"causal": "bottom_right"}, {"causal": "top_left", "window": (5, 0)}), ids=str)
@@ -379,84 +326,6 @@ def test_integers_that_are_all_alike(D, Dv, zero, dtype, backend, integers, pois
     assert torch.equal(dq, (0.125 * ds @ wide[1]).to(dtype))
     assert torch.equal(dk, (0.125 * ds.transpose(-1, -2) @ wide[0]).to(dtype))
     assert torch.equal(dv, (wide[3].sum(2, keepdim=True) / 64).expand_as(wide[2]).to(dtype))
-
-
-# --- dropout --------------------------------------------------------------------------------------------------------
-
-
-def what_is_kept(backend, shape, p, device, dtype=torch.float32, seed=11, **options):
-    """keep / (T (1 - p)), read off values that are the rows of an identity; (that, the seed that was drawn)."""
-    B, H, S, T = shape
-    q, k = torch.zeros(B, H, S, 8, device=device, dtype=dtype), torch.zeros(B, H, T, 8, device=device, dtype=dtype)
-    v = torch.eye(T, device=device, dtype=dtype).expand(B, H, T, T)
-    torch.manual_seed(seed)
-    out, _ = sdpa(backend, q, k, v, dropout_p=p, **options)
-    torch.manual_seed(seed)
-    return out, _random.draw_seed(torch.device(device))
-
-
-@every_dtype
-@pytest.mark.parametrize("p", (0.1, 0.5, 0.9))
-def test_dropout_has_the_bits_of_the_generator(p, dtype, backend, device, poison):
-    B, H, S, T = shape = (2, 3, 37, 40)
-    for seed in (11, 12):
-        out, drawn = what_is_kept(backend, shape, p, device, dtype, seed)
-        rows = torch.arange(B * H * S, device=device).view(B, H, S, 1)
-        keep = _random.keep(drawn, rows, torch.arange(T, device=device), p)
-        assert torch.equal(out != 0, keep)
-        expected = torch.tensor(1.0 / (T * (1.0 - p)))
-        torch.testing.assert_close(out[keep].float().cpu(), expected.expand(int(keep.sum())), rtol=0.01, atol=1e-4)
-
-
-def test_dropout_of_packed_sequences_has_the_bits_of_the_generator(backend, device, poison):
-    lengths, H = (5, 20, 12), 2
-    q, k = (torch.zeros(37, H, 8, device=device) for _ in range(2))
-    v = torch.cat([torch.eye(20, device=device)[:length] for length in lengths])[:, None].expand(37, H, 20)
-    torch.manual_seed(4)
-    out, _ = varlen(backend, q, k, v, lengths, lengths, dropout_p=0.4)
-    torch.manual_seed(4)
-    drawn = _random.draw_seed(torch.device(device))
-    rows = torch.arange(37, device=device)[:, None] + 37 * torch.arange(H, device=device)
-    keep = _random.keep(drawn, rows[..., None], torch.arange(20, device=device), 0.4)
-    inside = (
-        torch.arange(20, device=device)
-        < torch.tensor(lengths).repeat_interleave(torch.tensor(lengths)).to(device)[:, None]
-    )
-    assert torch.equal(out != 0, keep & inside[:, None])
-
-
-def test_dropout_of_zero_and_of_one(backend, random, device, poison):
-    q, k, v = (random(1, 2, length, 16).requires_grad_() for length in (20, 37, 37))
-    state = torch.get_rng_state()
-    assert torch.equal(sdpa(backend, q, k, v, dropout_p=0.0)[0], sdpa(backend, q, k, v)[0])
-    assert torch.equal(torch.get_rng_state(), state), "without dropout nothing is drawn"
-    out, lse = sdpa(backend, q, k, v, dropout_p=1.0)
-    assert not out.any()
-    close(lse, sdpa(backend, q, k, v)[1])
-    for grad in torch.autograd.grad(out, (q, k, v), random(*out.shape)):
-        assert not grad.any()
-
-
-def test_dropout_is_drawn_anew_and_replayed_for_a_seed(backend, device):
-    shape = (1, 2, 20, 40)
-    first, _ = what_is_kept(backend, shape, 0.5, device, seed=1)
-    again, _ = what_is_kept(backend, shape, 0.5, device, seed=1)
-    other, _ = what_is_kept(backend, shape, 0.5, device, seed=2)
-    assert torch.equal(first, again) and not torch.equal(first, other)
-
-
-@pytest.mark.parametrize("checkpointed", (False, True))
-def test_dropout_is_replayed_in_the_backward(checkpointed, backend, random, device, poison):
-    """The gradient of v sums what was kept in the forward, also when activation checkpointing runs it again."""
-    q, k, v = (random(1, 2, length, 16).requires_grad_() for length in (20, 37, 37))
-    eye = torch.eye(37, device=device).expand(1, 2, 37, 37)
-    attend = lambda v: sdpa(backend, q, k, v, dropout_p=0.5)[0]
-    torch.manual_seed(8)
-    kept = attend(eye)
-    torch.manual_seed(8)
-    out = torch.utils.checkpoint.checkpoint(attend, v, use_reentrant=False) if checkpointed else attend(v)
-    dout = random(*out.shape)
-    close(torch.autograd.grad(out, v, dout)[0], kept.transpose(-1, -2) @ dout)
 
 
 # --- threads --------------------------------------------------------------------------------------------------------
