@@ -88,7 +88,7 @@ def _mask(mask: Tensor | None, query: Tensor, shape: tuple[int, ...], leading: t
     return mask.expand(*leading, *sizes[-3:]).reshape(-1, *sizes[-3:])
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """As torch's own op: the lower type of autocast for everything floating but fp64."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -145,7 +145,7 @@ def scaled_dot_product_attention(
         cannot run this call (the message says why).
     Reference: Vaswani et al. 2017, arXiv:1706.03762; Dao 2023, arXiv:2307.08691; reference.py has the maths.
     """
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     arguments.check_dtypes(OP, query, key=key, value=value)
     _check_shapes(query, key, value, grouped=enable_gqa)
     options = arguments.options(
