@@ -25,7 +25,7 @@ def options(op: str, head_dim: int, *, scale, is_causal, causal, window, softcap
     left, right = _window(op, window)
     if causal is not None:
         right = 0
-    if not (isinstance(softcap, (int, float)) and softcap >= 0.0 and math.isfinite(softcap)):
+    if not (isinstance(softcap, (int, float)) and 0.0 <= softcap < math.inf):
         raise ValueError(f"{op}: softcap is {softcap}, expected 0 (off) or a positive number")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p is {dropout_p}, expected a probability between 0 and 1")
@@ -37,7 +37,8 @@ def options(op: str, head_dim: int, *, scale, is_causal, causal, window, softcap
 def _window(op: str, window: Sequence[int] | None) -> tuple[int, int]:
     if window is None:
         return -1, -1
-    if len(window) != 2 or not all(isinstance(entry, int) and entry >= -1 for entry in window):
+    is_pair = isinstance(window, Sequence) and len(window) == 2
+    if not is_pair or not all(isinstance(entry, int) and entry >= -1 for entry in window):
         raise ValueError(f"{op}: window is {window}, expected (left, right), numbers of keys of which -1 means all")
     return window[0], window[1]
 
@@ -62,14 +63,16 @@ def check_dtypes(op: str, query: Tensor, **others: Tensor) -> None:
 
 
 def check_heads(op: str, heads: int, key_heads: int, value_heads: int, *, grouped: bool) -> None:
-    """`grouped`: several query heads may share a key head."""
-    if value_heads != key_heads:
-        raise ValueError(f"{op}: value has {value_heads} heads, expected {key_heads}, as many as key")
-    if grouped and (key_heads == 0 or heads % key_heads):
-        raise ValueError(f"{op}: query has {heads} heads, expected a multiple of {key_heads}, the number of key's")
-    if not grouped and heads != key_heads:
+    """`grouped`: several query heads may share a key head. Else a single head broadcasts, of any of the three."""
+    if grouped:
+        if value_heads != key_heads:
+            raise ValueError(f"{op}: value has {value_heads} heads, expected {key_heads}, as many as key")
+        if key_heads == 0 or heads % key_heads:
+            raise ValueError(f"{op}: query has {heads} heads, expected a multiple of {key_heads}, the number of key's")
+    elif len({heads, key_heads, value_heads} - {1}) > 1:
         raise ValueError(
-            f"{op}: query has {heads} heads and key {key_heads}, expected as many (enable_gqa=True allows a multiple)"
+            f"{op}: query has {heads} heads, key {key_heads} and value {value_heads}, expected as many or 1"
+            " (enable_gqa=True allows a multiple)"
         )
 
 

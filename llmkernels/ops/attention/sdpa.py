@@ -1,5 +1,6 @@
 """scaled_dot_product_attention: torch's signature and meaning, and what torch does not have."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,9 +32,9 @@ def _four_dimensions(tensor: Tensor, leading: torch.Size) -> Tensor:
     return tensor.expand(*leading, *tensor.shape[-3:]).reshape(-1, *tensor.shape[-3:])
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, *, grouped: bool) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() < 2:
+        if tensor.dim() < (3 if grouped else 2):
             raise ValueError(f"{OP}: {name} has shape {tuple(tensor.shape)}, expected (..., heads, length, head_dim)")
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(
@@ -47,6 +48,25 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _heads(tensor: Tensor) -> int:
     return tensor.shape[-3] if tensor.dim() > 2 else 1
+
+
+def _as_many_heads(key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """key and value with different numbers of heads, as torch allows: the only ones of which heads are repeated."""
+    common = math.lcm(_heads(key), _heads(value))
+    if common == 0 or heads % common:
+        return key, value
+    return tuple(tensor.repeat_interleave(common // _heads(tensor), -3) for tensor in (key, value))
+
+
+def _broadcast_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """query, key and value with a single head expanded where needed: torch broadcasts heads as it does batches. Key and
+    value stay as they are where both have one, which all the query heads share."""
+    heads = [_heads(tensor) for tensor in tensors]
+    most = max(heads)
+    if heads[0] == most and heads[1] == heads[2]:
+        return tensors
+    expanded = lambda tensor: tensor.expand(*tensor.shape[:-3], most, *tensor.shape[-2:])
+    return tuple(expanded(tensor) if of == 1 else tensor for tensor, of in zip(tensors, heads, strict=True))
 
 
 def _mask(mask: Tensor | None, query: Tensor, shape: tuple[int, ...], leading: torch.Size) -> Tensor | None:
@@ -68,7 +88,7 @@ def _mask(mask: Tensor | None, query: Tensor, shape: tuple[int, ...], leading: t
     return mask.expand(*leading, *sizes[-3:]).reshape(-1, *sizes[-3:])
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """As torch's own op: the lower type of autocast for everything floating but fp64."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -125,33 +145,31 @@ def scaled_dot_product_attention(
         cannot run this call (the message says why).
     Reference: Vaswani et al. 2017, arXiv:1706.03762; Dao 2023, arXiv:2307.08691; reference.py has the maths.
     """
-    query, key, value, attn_mask = _autocast(query, key, value, attn_mask)
+    query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     arguments.check_dtypes(OP, query, key=key, value=value)
-    _check_shapes(query, key, value)
+    _check_shapes(query, key, value, grouped=enable_gqa)
     options = arguments.options(
         OP, query.shape[-1], scale=scale, is_causal=is_causal, causal=causal, window=window, softcap=softcap,
         dropout_p=dropout_p,
     )  # fmt: skip
     leading = _leading(query, key, value)
-    heads, key_heads = _heads(query), _heads(key)
-    if not enable_gqa and heads == 1 and key_heads > 1 and query.dim() > 2:
-        query = query.expand(*query.shape[:-3], key_heads, -1, -1)  # a single head broadcasts, as torch's does
-        heads = key_heads
-    arguments.check_heads(OP, heads, key_heads, _heads(value), grouped=enable_gqa or key_heads == 1)
+    if enable_gqa and _heads(key) != _heads(value):
+        key, value = _as_many_heads(key, value, _heads(query))
+    arguments.check_heads(OP, _heads(query), _heads(key), _heads(value), grouped=enable_gqa)
+    query, key, value = _broadcast_heads(query, key, value)
+    heads = _heads(query)
     arguments.head_vector(OP, "alibi_slopes", alibi_slopes, query, heads, leading.numel())
     arguments.head_vector(OP, "sinks", sinks, query, heads, None)
     mask = _mask(attn_mask, query, (heads, query.shape[-2], key.shape[-2]), leading)
-    if max(query.dim(), key.dim(), value.dim()) == 4 and len(leading) == 1 and query.shape[0] == key.shape[0]:
-        q, k, v = query, key, value
-    else:
-        q, k, v = (_four_dimensions(tensor, leading) for tensor in (query, key, value))
+    ranks = {query.dim(), key.dim(), value.dim()}
+    as_given = ranks == {4} and query.shape[0] == key.shape[0] == value.shape[0]
+    q, k, v = (query, key, value) if as_given else (_four_dimensions(x, leading) for x in (query, key, value))
     seed = _random.draw_seed(q.device) if options.dropout_p > 0.0 else None
     result = attend(
         OP, q, k, v, mask, alibi_slopes, sinks, seed, None, None, q.shape[2], k.shape[2], options, return_lse, backend
     )
-    if q is query and k is key:
+    if as_given:
         return result
-    ranks = (query.dim(), key.dim(), value.dim())
     shape = (*leading, heads) if max(ranks) > 2 else ()
     out = lambda tensor: tensor.reshape(*shape, *tensor.shape[2:])
     return (out(result[0]), out(result[1])) if return_lse else out(result)

@@ -59,12 +59,12 @@ def attention_varlen(
         dropout_p=dropout_p,
     )  # fmt: skip
     arguments.cu_seqlens(OP, "cu_seqlens_q", cu_seqlens_q, query, query.shape[0], max_seqlen_q, "max_seqlen_q")
-    arguments.cu_seqlens(OP, "cu_seqlens_k", cu_seqlens_k, query, key.shape[0], max_seqlen_k, "max_seqlen_k")
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         raise ValueError(
             f"{OP}: cu_seqlens_k has shape {tuple(cu_seqlens_k.shape)}, expected {tuple(cu_seqlens_q.shape)}, the"
             " shape of cu_seqlens_q"
         )
+    arguments.cu_seqlens(OP, "cu_seqlens_k", cu_seqlens_k, query, key.shape[0], max_seqlen_k, "max_seqlen_k")
     sequences = cu_seqlens_q.shape[0] - 1
     arguments.head_vector(OP, "alibi_slopes", alibi_slopes, query, query.shape[1], sequences)
     arguments.head_vector(OP, "sinks", sinks, query, query.shape[1], None)
