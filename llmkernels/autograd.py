@@ -2,5 +2,6 @@
 
 from llmkernels.ops.gated.op import GatedFunction
 from llmkernels.ops.norm.op import LayerNormFunction, RMSNormFunction
+from llmkernels.ops.rope.op import RopeFunction, RopeInplaceFunction
 
-__all__ = ["GatedFunction", "LayerNormFunction", "RMSNormFunction"]
+__all__ = ["GatedFunction", "LayerNormFunction", "RMSNormFunction", "RopeFunction", "RopeInplaceFunction"]

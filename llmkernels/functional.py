@@ -2,5 +2,16 @@
 
 from llmkernels.ops.gated.op import geglu, reglu, swiglu
 from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from llmkernels.ops.rope.op import rope, rope_
 
-__all__ = ["add_layer_norm", "add_rms_norm", "geglu", "layer_norm", "reglu", "rms_norm", "swiglu"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "geglu",
+    "layer_norm",
+    "reglu",
+    "rms_norm",
+    "rope",
+    "rope_",
+    "swiglu",
+]

@@ -37,10 +37,10 @@ def check_positions(positions: Tensor, length: int) -> None:
         raise ValueError(f"rope: positions has {high}, but cos and sin have {length} rows")
 
 
-def rows_of(table: Tensor, positions: Tensor | None, dim: int, seq_dim: int, seq: int) -> Tensor:
-    """The rows of `table` for a tensor of `dim` dimensions with `seq` places along `seq_dim`, broadcastable to it.
+def rows_of(table: Tensor, positions: Tensor | None, seq_dim: int, seq: int) -> Tensor:
+    """The rows of `table` for a tensor with `seq` places along `seq_dim`, broadcastable to it.
 
-    `table` is `[L, C]`, taken at `positions` (`[S]` or `[B, S]`; None: 0, 1, ...), or `[B or 1, S, C]`, taken as it is.
+    `table` is `[L, C]`, taken at `positions` (`[S]` or `[B, S]`; None: 0, 1, ...), or `[B, S, C]`, taken as it is.
     A position outside of the table takes NaN where its value cannot be looked at: on a GPU, in a compiled graph.
     """
     if table.dim() == 3:
@@ -51,13 +51,22 @@ def rows_of(table: Tensor, positions: Tensor | None, dim: int, seq_dim: int, seq
         inside = (positions >= 0) & (positions < table.shape[0])
         rows = table[positions.clamp(0, max(table.shape[0] - 1, 0)).long()]
         rows = torch.where(inside.unsqueeze(-1), rows, float("nan"))
-    # Ones between S and C for what lies behind S in x, and between B and S for what lies before it.
-    for _ in range(-seq_dim - 2):
+    # [S, C] or [B, S, C]: a one for the heads, where they stand in x.
+    batched = rows.dim() == 3
+    if seq_dim == -3:
         rows = rows.unsqueeze(-2)
-    if table.dim() == 3 or (positions is not None and positions.dim() == 2):
-        while rows.dim() < dim:
-            rows = rows.unsqueeze(1)
+    elif batched:
+        rows = rows.unsqueeze(1)
     return rows
+
+
+def _rope(q, k, cos, sin, positions, seq_dim: int, interleaved: bool, inverse: bool) -> tuple[Tensor, Tensor]:
+    visible = q.device.type == "cpu" and not (torch.compiler.is_compiling() or transform_active())
+    if positions is not None and visible:
+        check_positions(positions, cos.shape[0])
+    cos, sin = (rows_of(table, positions, seq_dim, q.shape[seq_dim]) for table in (cos, sin))
+    sin = -sin if inverse else sin
+    return rotate(q, cos, sin, interleaved), q.new_empty(0) if k is None else rotate(k, cos, sin, interleaved)
 
 
 def rope_fwd(
@@ -68,22 +77,18 @@ def rope_fwd(
     positions: Tensor | None,
     seq_dim: int,
     interleaved: bool,
-    inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`q` and `k` turned, or turned back; an empty tensor where there is no `k`. `seq_dim` is -2 or -3."""
-    visible = q.device.type == "cpu" and not (torch.compiler.is_compiling() or transform_active())
-    if positions is not None and visible:
-        check_positions(positions, cos.shape[0])
-    seq = q.shape[seq_dim]
-    cos, sin = (rows_of(table, positions, q.dim(), seq_dim, seq) for table in (cos, sin))
-    sin = -sin if inverse else sin
-    turned = rotate(q, cos, sin, interleaved)
-    return turned, q.new_empty(0) if k is None else rotate(k, cos, sin, interleaved)
+    """`q` and `k` turned; an empty tensor where there is no `k`. `seq_dim` is -2 or -3."""
+    return _rope(q, k, cos, sin, positions, seq_dim, interleaved, False)
 
 
-def rope_inplace(q, k, cos, sin, positions, seq_dim, interleaved, inverse) -> None:
+def rope_bwd(dq, dk, cos, sin, positions, seq_dim, interleaved) -> tuple[Tensor, Tensor]:
+    """The gradients of `rope_fwd`: the arriving ones turned back by the same angles."""
+    return _rope(dq, dk, cos, sin, positions, seq_dim, interleaved, True)
+
+
+def rope_fwd_(q, k, cos, sin, positions, seq_dim, interleaved) -> None:
     """`rope_fwd` with its results written over `q` and `k`."""
-    turned = rope_fwd(q, k, cos, sin, positions, seq_dim, interleaved, inverse)
-    for tensor, values in zip((q, k), turned, strict=True):
+    for tensor, turned in zip((q, k), rope_fwd(q, k, cos, sin, positions, seq_dim, interleaved), strict=True):
         if tensor is not None:
-            tensor.copy_(values)
+            tensor.copy_(turned)
