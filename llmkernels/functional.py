@@ -2,6 +2,7 @@
 
 from llmkernels.ops.gated.op import geglu, reglu, swiglu
 from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from llmkernels.ops.rope.cache import rope_cache
 from llmkernels.ops.rope.op import rope, rope_
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_",
+    "rope_cache",
     "swiglu",
 ]

@@ -2,5 +2,6 @@
 
 from llmkernels.ops.gated.module import SwiGLU
 from llmkernels.ops.norm.module import LayerNorm, RMSNorm
+from llmkernels.ops.rope.module import RotaryEmbedding
 
-__all__ = ["LayerNorm", "RMSNorm", "SwiGLU"]
+__all__ = ["LayerNorm", "RMSNorm", "RotaryEmbedding", "SwiGLU"]

@@ -187,7 +187,7 @@ def bytes_moved(case: RopeCase, direction: str) -> int:
 
 def plain_case(op: str, dtype: torch.dtype = torch.float32, *, tiny: bool = False) -> RopeCase:
     """An ordinary call of `op` with every tensor present; `tiny` where each element is perturbed alone."""
-    return RopeCase(op, (2, 2, 2, 4) if tiny else (2, 3, 5, 16), dtype, kv_heads=1 if tiny else 2)
+    return RopeCase(op, (2, 2, 4) if tiny else (2, 3, 5, 16), dtype, kv_heads=1 if tiny else 2)
 
 
 def reshaped(case: RopeCase, shape: tuple[int, ...]) -> RopeCase:
@@ -231,7 +231,7 @@ def test_cases() -> list[RopeCase]:
         for dtype in (torch.float32, torch.bfloat16):
             # Packed; more places than a block of a small GPU, or of a CPU, takes at a time; and a long head.
             cases.append(RopeCase(op, (37, 3, 64), dtype, seq_dim=-3, positions="1d"))
-            cases.append(RopeCase(op, (2, 3, 150, 64), dtype, table="fp32"))
+            cases.append(RopeCase(op, (1, 2, 70, 64), dtype, table="fp32"))
             cases.append(RopeCase(op, (1, 2, 3, 4608), dtype))
         cases += [RopeCase(op, shape) for shape in ((0, 2, 5, 8), (2, 2, 0, 8), (2, 0, 5, 8))]
         cases += [RopeCase(op, (2, 3, 5, 8), kv_heads=0)]
