@@ -267,10 +267,11 @@ def rope_(
             raise ValueError(f"rope: {name} is expanded, expected memory of its own for each element to be overwritten")
     chosen = registry.pick("rope_", arguments[:5], backend)
     recorded = needs_grad(q, k)
-    if (chosen.name == "torch" and (transform_active() or needs_grad(cos, sin))) or (
-        recorded and torch.compiler.is_compiling()
-    ):
-        turned = rope(q, k, cos, sin, positions, interleaved=interleaved, seq_dim=seq_dim, backend=backend)
+    learned = needs_grad(cos, sin)
+    if (chosen.name == "torch" and (transform_active() or learned)) or (recorded and torch.compiler.is_compiling()):
+        # What a gradient of cos and sin is made of must not be overwritten.
+        given = [x.clone() if learned and x is not None else x for x in (q, k)]
+        turned = rope(*given, cos, sin, positions, interleaved=interleaved, seq_dim=seq_dim, backend=backend)
         for tensor, values in zip((q, k), turned, strict=True):
             if tensor is not None:
                 tensor.copy_(values)

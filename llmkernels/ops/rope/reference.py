@@ -17,10 +17,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
 
     Computed in fp32 (fp64 for fp64) and rounded once; differentiable in all three.
     """
-    rotary = 2 * cos.shape[-1]
+    half = cos.shape[-1]
+    rotary = 2 * half
     acc = accumulate_dtype(x.dtype)
     turned, cos, sin = x[..., :rotary].to(acc), cos.to(acc), sin.to(acc)
-    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
     pair = (a * cos - b * sin, b * cos + a * sin)
     y = (torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)).to(x.dtype)
     return y if rotary == x.shape[-1] else torch.cat((y, x[..., rotary:]), -1)

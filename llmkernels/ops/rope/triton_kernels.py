@@ -43,7 +43,7 @@ def _rope_kernel(
     POSITIONS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
-    COPY_REST: tl.constexpr,
+    INPLACE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     ACC: tl.constexpr,
@@ -96,6 +96,9 @@ def _rope_kernel(
         else:
             a = tl.load(x_ptr + x_rows[:, None] + at[None, :], mask=mask, other=0.0)
             b = tl.load(x_ptr + x_rows[:, None] + half + at[None, :], mask=mask, other=0.0)
+        if INPLACE:
+            # A block smaller than a warp is loaded several times over, by threads of which one stores.
+            tl.debug_barrier()
         a = a.to(ACC)
         b = b.to(ACC)
         ya = cast(a * c - b * s, y_ptr.dtype.element_ty)
@@ -105,7 +108,7 @@ def _rope_kernel(
         else:
             tl.store(y_ptr + y_rows[:, None] + at[None, :], ya, mask=mask)
             tl.store(y_ptr + y_rows[:, None] + half + at[None, :], yb, mask=mask)
-    if COPY_REST:
+    if not INPLACE:
         for start in range(2 * half, cols, BLOCK):
             at = start + tl.arange(0, BLOCK)
             mask = heads_mask[:, None] & (at < cols)[None, :]
@@ -163,7 +166,7 @@ def _run(q, k, results, cos, sin, positions, seq_dim, interleaved, inverse):
                 positions.stride(0) if batched else 0, 0 if positions is None else positions.stride(-1),
                 seq, *heads, cols, half, cos.shape[-2],
                 POSITIONS=positions is not None, INTERLEAVED=interleaved, INVERSE=inverse,
-                COPY_REST=2 * half < cols and results[0] is not q,
+                INPLACE=results[0] is q,
                 BLOCK=block, BLOCK_HEADS=block_heads, ACC=TL_DTYPE[accumulate_dtype(q.dtype)], num_warps=warps,
             )  # fmt: skip
     for result, target in zip(results, targets, strict=True):
@@ -199,8 +202,8 @@ def configurations():
             flags = {
                 "POSITIONS": heads != 8,
                 "INTERLEAVED": index % 2 == 0,
-                "INVERSE": heads == 8,
-                "COPY_REST": heads == 1,
+                "INVERSE": heads == 1,
+                "INPLACE": heads == 8,
             }
             constants = {**flags, "BLOCK": block, "BLOCK_HEADS": block_heads}
             constants["ACC"] = tl.float64 if data == "fp64" else tl.float32
