@@ -3,5 +3,13 @@
 from llmkernels.ops.attention.op import AttentionFunction
 from llmkernels.ops.gated.op import GatedFunction
 from llmkernels.ops.norm.op import LayerNormFunction, RMSNormFunction
+from llmkernels.ops.rope.op import RopeFunction, RopeInplaceFunction
 
-__all__ = ["AttentionFunction", "GatedFunction", "LayerNormFunction", "RMSNormFunction"]
+__all__ = [
+    "AttentionFunction",
+    "GatedFunction",
+    "LayerNormFunction",
+    "RMSNormFunction",
+    "RopeFunction",
+    "RopeInplaceFunction",
+]

@@ -6,6 +6,8 @@ from llmkernels.ops.attention.sdpa import scaled_dot_product_attention
 from llmkernels.ops.attention.varlen import attention_varlen
 from llmkernels.ops.gated.op import geglu, reglu, swiglu
 from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from llmkernels.ops.rope.cache import rope_cache
+from llmkernels.ops.rope.op import rope, rope_
 
 __all__ = [
     "add_layer_norm",
@@ -17,6 +19,9 @@ __all__ = [
     "merge_attention",
     "reglu",
     "rms_norm",
+    "rope",
+    "rope_",
+    "rope_cache",
     "scaled_dot_product_attention",
     "swiglu",
 ]

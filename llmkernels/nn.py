@@ -3,5 +3,12 @@
 from llmkernels.ops.attention.module import MultiheadAttention
 from llmkernels.ops.gated.module import SwiGLU
 from llmkernels.ops.norm.module import LayerNorm, RMSNorm
+from llmkernels.ops.rope.module import RotaryEmbedding
 
-__all__ = ["LayerNorm", "MultiheadAttention", "RMSNorm", "SwiGLU"]
+__all__ = [
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SwiGLU",
+]

@@ -31,7 +31,16 @@ def small_gated(case):
     return dataclasses.replace(case, shape=(max(1, min(rows, ELEMENTS // cols)), cols))
 
 
-SMALL = {"norm": small_norm, "gated": small_gated}  # family -> the small version of one of its benchmarks' cases
+def small_rope(case):
+    batch, heads, seq, cols = case.shape
+    return dataclasses.replace(case, shape=(batch, heads, max(1, min(seq, ELEMENTS // (heads * cols))), cols))
+
+
+SMALL = {
+    "norm": small_norm,
+    "gated": small_gated,
+    "rope": small_rope,
+}  # family -> the small version of one of its benchmarks' cases
 
 
 def count(backend: str, op: str | None) -> dict[str, collections.Counter]:

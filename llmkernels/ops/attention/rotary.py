@@ -5,23 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_names
+from llmkernels._dtypes import FLOAT_DTYPES, dtype_names
 from llmkernels.ops.attention import arguments
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """`x` `[*, D]` with its pairs (a, b) turned to (a cos - b sin, b cos + a sin).
-
-    `cos` and `sin` broadcast to `[*, R/2]`. The pairs of the first R elements are (2j, 2j + 1) where interleaved, else
-    (j, j + R/2); elements from R on stay. Computed in fp32 (fp64 for fp64) and rounded once.
-    """
-    acc = accumulate_dtype(x.dtype)
-    cos, sin = cos.to(acc), sin.to(acc)
-    half = cos.shape[-1]
-    turned = x[..., : 2 * half].to(acc)
-    a, b = turned.unflatten(-1, (half, 2) if interleaved else (2, half)).unbind(-1 if interleaved else -2)
-    pairs = torch.stack((a * cos - b * sin, b * cos + a * sin), -1 if interleaved else -2).flatten(-2).to(x.dtype)
-    return pairs if pairs.shape == x.shape else torch.cat((pairs, x[..., 2 * half :]), -1)
+from llmkernels.ops.rope.reference import rotate
 
 
 def rows_at(table: Tensor, start: int | Tensor, count: int, *, checked: bool) -> Tensor:
