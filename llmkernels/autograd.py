@@ -1,6 +1,8 @@
 """The torch.autograd.Functions themselves, for people who write their own modules: `X.apply(...)`."""
 
+from llmkernels.ops.cross_entropy.linear_op import LinearCrossEntropyFunction
+from llmkernels.ops.cross_entropy.op import CrossEntropyFunction
 from llmkernels.ops.gated.op import GatedFunction
 from llmkernels.ops.norm.op import LayerNormFunction, RMSNormFunction
 
-__all__ = ["GatedFunction", "LayerNormFunction", "RMSNormFunction"]
+__all__ = ["CrossEntropyFunction", "GatedFunction", "LayerNormFunction", "LinearCrossEntropyFunction", "RMSNormFunction"]
