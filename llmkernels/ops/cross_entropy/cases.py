@@ -239,7 +239,8 @@ def term_size(case: CrossEntropyCase, inputs: CrossEntropyInputs, name: str) -> 
     lse = stats[0] + stats[1]
     distance = torch.where(q > 0, (u - stats[0].unsqueeze(-1)).abs() * q, 0.0).sum(-1)
     if name == "loss":
-        sizes = kept * (stats[2] * stats[1].abs() + distance + case.z_loss * lse.square())
+        # A sum of exponentials has the term 1, of the largest logit: its logarithm has no more digits than that.
+        sizes = kept * (stats[2] * (1.0 + stats[1]) + distance + case.z_loss * lse.square())
         # The sum and the division of a reduced loss, one number with no others to average with, round again.
         return sizes if case.reduction == "none" else 2.0 * sizes.sum().reshape(1) / divisor
     dloss = kept * wide.dloss.abs().reshape(-1) / divisor
