@@ -246,7 +246,9 @@ def term_size(case: CrossEntropyCase, inputs: CrossEntropyInputs, name: str) -> 
     dloss = kept * wide.dloss.abs().reshape(-1) / divisor
     if name == "dprobabilities":
         return None
-    terms = dloss.unsqueeze(-1) * ((stats[2] + 2.0 * case.z_loss * lse.abs()).unsqueeze(-1) * p + q)
+    # p = exp(log p) is as uncertain as its argument, which is rounded by up to half an ulp of its own size.
+    uncertain = torch.where(p > 0, p * (1.0 + 0.25 * (u - lse.unsqueeze(-1)).abs()), 0.0)
+    terms = dloss.unsqueeze(-1) * ((stats[2] + 2.0 * case.z_loss * lse.abs()).unsqueeze(-1) * uncertain + q)
     if name == "dinput" and not case.hidden:
         return terms.square().mean(-1).sqrt()
     if name == "dinput":
