@@ -108,7 +108,12 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             divisor = rows if divisor is None else divisor
             dloss = arriving(grad, divisor, reduction, input.shape[0], stats.dtype)
             if now:
+                # With nothing to average the loss is NaN and, as in torch, the gradient zero.
                 scale = arriving(grad, divisor, reduction, 1, stats.dtype)
+                if isinstance(divisor, Tensor):
+                    scale = torch.where(divisor == 0, 0.0, scale)
+                elif divisor == 0.0:
+                    scale = torch.zeros_like(scale)
                 gradients = [None if t is None else t * scale for t in gradients]
             else:
                 gradients, dtarget = _recomputed(

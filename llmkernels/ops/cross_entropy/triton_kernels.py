@@ -149,9 +149,11 @@ def _cross_entropy_fwd_kernel(
         if CAP:
             u, _ = _capped(u, cap, ACC)
         u = tl.where(mask, u, -float("inf"))
+        nothing = largest == -float("inf")
         largest = tl.maximum(largest, tl.max(u, 0))
         before, shift = shift, tl.where(largest == -float("inf"), 0.0, largest)
-        total = total * tl.exp(before - shift) + tl.sum(tl.exp(u - shift), 0)
+        factor = tl.exp(tl.where(nothing, 0.0, before - shift))
+        total = total * factor + tl.sum(tl.exp(u - shift), 0)
         if KIND != 0:
             q = _q(target_ptr, weight_ptr, row, target_stride, at, mask & known, confidence, spread, KIND, WEIGHT, ACC)
             q = tl.where(mask, q, 0.0)
