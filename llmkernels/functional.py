@@ -4,6 +4,8 @@ from llmkernels.ops.attention.kvcache import attention_kvcache
 from llmkernels.ops.attention.merge import merge_attention
 from llmkernels.ops.attention.sdpa import scaled_dot_product_attention
 from llmkernels.ops.attention.varlen import attention_varlen
+from llmkernels.ops.cross_entropy.linear_op import linear_cross_entropy
+from llmkernels.ops.cross_entropy.op import cross_entropy
 from llmkernels.ops.gated.op import geglu, reglu, swiglu
 from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from llmkernels.ops.rope.cache import rope_cache
@@ -14,8 +16,10 @@ __all__ = [
     "add_rms_norm",
     "attention_kvcache",
     "attention_varlen",
+    "cross_entropy",
     "geglu",
     "layer_norm",
+    "linear_cross_entropy",
     "merge_attention",
     "reglu",
     "rms_norm",

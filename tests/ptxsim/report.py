@@ -36,11 +36,18 @@ def small_rope(case):
     return dataclasses.replace(case, shape=(batch, heads, max(1, min(seq, ELEMENTS // (heads * cols))), cols))
 
 
+def small_cross_entropy(case):
+    *batch, classes = case.shape
+    return dataclasses.replace(case, shape=(max(1, min(batch[0], ELEMENTS // classes)), classes))
+
+
+# family -> the small version of one of its benchmarks' cases
 SMALL = {
-    "norm": small_norm,
+    "cross_entropy": small_cross_entropy,
     "gated": small_gated,
+    "norm": small_norm,
     "rope": small_rope,
-}  # family -> the small version of one of its benchmarks' cases
+}
 
 
 def count(backend: str, op: str | None) -> dict[str, collections.Counter]:
