@@ -2,12 +2,15 @@
 // the device differs, and who runs the params.
 #pragma once
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/exp.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "ops/attention/attention.h"
@@ -49,6 +52,7 @@ struct AttentionCall {
                       ": k is ", k.sizes(), " and v ", v.sizes(), ", expected what fits q, ", q.sizes());
     TORCH_CHECK_VALUE(in.Hk > 0 ? in.H % in.Hk == 0 : in.H == 0, op, ": q has ", in.H, " heads, expected a multiple of ",
                       in.Hk);
+    in.q = q.const_data_ptr(), in.k = k.const_data_ptr(), in.v = v.const_data_ptr();
     in.q_strides = strides(q), in.k_strides = strides(k), in.v_strides = strides(v);
     in.B = q.size(0), in.S = in.q_rows, in.T = in.k_rows;
     if (t.cu_seqlens_q != nullptr) {
@@ -135,7 +139,7 @@ struct AttentionCall {
     in.block_table = ints(table);
     in.block_table_stride = table.size(1);
     in.pages = k.size(0), in.page_size = in.k_rows;
-    in.T = in.k_rows = table.size(1) * in.page_size;
+    in.T = in.k_rows = in.pages > 0 ? table.size(1) * in.page_size : 0;
   }
 
   at::Tensor floats(const char* name, const at::Tensor& tensor) const {
@@ -205,7 +209,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_fwd_call(const char* op
 // dsinks = -sum over b and i of exp((sink - m) - log l) * delta.
 inline at::Tensor dsinks_of(const AttentionCall& call, const at::Tensor& row_max, const at::Tensor& log_sum,
                             const at::Tensor& delta) {
-  const at::Tensor weights = ((call.sinks.view({1, -1, 1}) - row_max) - log_sum).exp();
+  const at::Tensor finite = row_max.masked_fill(row_max.eq(-std::numeric_limits<float>::infinity()), 0.0);
+  const at::Tensor weights = ((call.sinks.view({1, -1, 1}) - finite) - log_sum).exp();
   return (weights * delta).sum({0, 2}).neg();
 }
 

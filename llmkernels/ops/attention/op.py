@@ -161,7 +161,12 @@ def _kernels_refuse(q, k, v, mask, alibi_slopes, sinks, *_) -> str | None:
     return None
 
 
-_REFUSE = dict.fromkeys(("cpu", "cuda", "triton"), _kernels_refuse)
+def _cuda_refuses(q, k, v, *rest) -> str | None:
+    most = max(q.shape[-1], v.shape[-1])
+    return f"head_dim is {most}, more than 256" if most > 256 else _kernels_refuse(q, k, v, *rest)
+
+
+_REFUSE = dict.fromkeys(("cpu", "triton"), _kernels_refuse) | {"cuda": _cuda_refuses}
 
 _KERNELS = ("attention_fwd", "attention_bwd")
 _REFERENCES = (reference.attention_fwd, reference.attention_bwd)
