@@ -4,6 +4,7 @@ from llmkernels import autograd, functional, nn
 from llmkernels._explain import backends, explain
 from llmkernels.accelerate import accelerate, accelerated, restore
 from llmkernels.registry import NoBackendError, use_backend
+from llmkernels.sdpa_hook import disable_sdpa, enable_sdpa
 
 __version__ = "0.1.0"
 
@@ -13,6 +14,8 @@ __all__ = [
     "accelerated",
     "autograd",
     "backends",
+    "disable_sdpa",
+    "enable_sdpa",
     "explain",
     "functional",
     "nn",
