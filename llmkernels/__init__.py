@@ -4,6 +4,7 @@ from llmkernels import autograd, compat, functional, nn
 from llmkernels._explain import backends, explain
 from llmkernels.accelerate import accelerate, accelerated, restore
 from llmkernels.registry import NoBackendError, use_backend
+from llmkernels.sdpa_hook import disable_sdpa, enable_sdpa
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,8 @@ __all__ = [
     "autograd",
     "backends",
     "compat",
+    "disable_sdpa",
+    "enable_sdpa",
     "explain",
     "functional",
     "nn",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import llmkernels
-from llmkernels import functional, registry
+from llmkernels import _native, functional, registry
 from llmkernels.ops.attention import cases
 from llmkernels.testing.inputs import short_name
 
@@ -28,6 +28,7 @@ def kernel_absent(backend: str) -> str | None:
     if backend == "torch":
         return None
     name = "cpu" if backend == "cpu" else "cuda"
+    _native.why_absent(name)  # loads the module, which registers its kernels
     has = torch._C._dispatch_has_kernel_for_dispatch_key(f"llmkernels_{name}::attention_fwd", name.upper())
     return None if has else f"the {name} module that was built here has no attention"
 

@@ -1,10 +1,14 @@
 """Dropout of attention: the same bits on every backend, and bits that are as good as random."""
 
+import shutil
+import subprocess
+
 import pytest
 import torch
 
 from llmkernels import _random
 from tests.ops.attention_support import close, every_dtype, normal_on, sdpa, varlen, with_kernel
+from tests.tree import ROOT
 
 
 @pytest.fixture
@@ -125,6 +129,40 @@ def test_bits_are_those_of_the_definition():
     for row, whole in enumerate(expected):
         keys = whole & 0xFFFFFFFF, whole >> 32
         assert found[row].tolist() == [by_hand(*keys, int(column)) for column in columns]
+
+
+def test_bits_in_cpp_are_those_in_python(tmp_path):
+    """csrc/common/random.h, on its own: rows beyond 2^32 too, and a vector of columns."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    header = ROOT / "csrc" / "common" / "random.h"
+    if compiler is None or not header.exists():
+        pytest.skip("no C++ compiler, or no sources")
+    seeds, rows = (0, 1, -1, 2**62 + 12345, -(2**63)), (0, 1, 77, 2**31, 2**33 + 5)
+    columns = (0, 1, 63, 4096, 2**31 - 1, 2**32 - 1)
+    numbers = lambda values, kind: ", ".join(f"static_cast<{kind}>({value % 2**64}u)" for value in values)
+    source = f"""
+        #include <cstdio>
+        #include <initializer_list>
+        #include "{header}"
+        using Four = uint32_t __attribute__((vector_size(16)));
+        int main() {{
+          for (int64_t seed : {{{numbers(seeds, "int64_t")}}})
+            for (int64_t row : {{{numbers(rows, "int64_t")}}})
+              for (uint32_t column : {{{numbers(columns, "uint32_t")}}}) {{
+                const llmkernels::RowKeys keys = llmkernels::row_keys(seed, row);
+                const Four both = llmkernels::random_bits(keys, Four{{column, column + 1}});
+                std::printf("%u %u %u\\n", llmkernels::random_bits(keys, column), both[0], both[1]);
+              }}
+        }}
+    """
+    (tmp_path / "bits.cpp").write_text(source)
+    subprocess.run([compiler, "-std=c++17", "bits.cpp", "-o", "bits"], cwd=tmp_path, check=True, timeout=120)
+    printed = subprocess.run([tmp_path / "bits"], capture_output=True, text=True, check=True).stdout
+    found = torch.tensor([list(map(int, line.split())) for line in printed.splitlines()])
+    expected = [bits(seed, torch.tensor(rows), torch.tensor(columns)).flatten() for seed in seeds]
+    after = [bits(seed, torch.tensor(rows), (torch.tensor(columns) + 1) % 2**32).flatten() for seed in seeds]
+    assert torch.equal(found[:, 0], torch.cat(expected)) and torch.equal(found[:, 1], found[:, 0])
+    assert torch.equal(found[:, 2], torch.cat(after))
 
 
 @pytest.mark.parametrize("seed", (0, 1, -1, 2**62 + 12345))

@@ -224,7 +224,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
   AttentionBwdParams p{};
   p.in = call.in;
   const bool is_packed = p.in.cu_seqlens_q != nullptr;
-  const at::Tensor none = empty({0}, call.q.options());
+  // A tensor of its own for each: outputs of an op must not be one another.
+  const auto none = [&] { return empty({0}, call.q.options()); };
   const auto strides = [&](const at::Tensor& tensor) {
     AttentionStrides found = AttentionCall::strides(tensor);
     if (is_packed) found.batch = 0;
@@ -242,7 +243,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
   p.delta = delta.data_ptr<float>();
   // A gradient has the layout of its tensor; the kernels need its last dimension contiguous, as any dense layout that
   // has one there is.
-  const auto grad = [&](bool want, const at::Tensor& of) { return want ? at::empty_like(of) : none; };
+  const auto grad = [&](bool want, const at::Tensor& of) { return want ? at::empty_like(of) : none(); };
   const auto target = [](bool want, const at::Tensor& made) {
     return want && made.size(3) > 1 && made.stride(3) != 1 ? at::empty_like(made, at::MemoryFormat::Contiguous) : made;
   };
@@ -251,7 +252,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
   if (wanted[0]) p.dq = to_q.data_ptr(), p.dq_strides = strides(to_q);
   if (wanted[1]) p.dk = to_k.data_ptr(), p.dk_strides = strides(to_k);
   if (wanted[2]) p.dv = to_v.data_ptr(), p.dv_strides = strides(to_v);
-  at::Tensor dmask = none, to_mask;
+  at::Tensor dmask = none(), to_mask;
   if (wanted[3]) {
     TORCH_CHECK_VALUE(p.in.mask_kind == MaskKind::kElement || p.in.mask_kind == MaskKind::kFloat32, op,
                       ": the gradient of mask is wanted, expected an additive mask");
@@ -272,7 +273,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
   if (wanted[1] && !to_k.is_same(dk)) dk.copy_(to_k);
   if (wanted[2] && !to_v.is_same(dv)) dv.copy_(to_v);
   if (wanted[3] && !to_mask.is_same(dmask)) dmask.copy_(to_mask);
-  at::Tensor dsinks = none;
+  at::Tensor dsinks = none();
   if (wanted[4]) {
     TORCH_CHECK_VALUE(tensors.sinks != nullptr, op, ": the gradient of sinks is wanted, which are absent");
     dsinks = dsinks_of(call, top, total, delta).to(tensors.sinks->scalar_type());
