@@ -346,6 +346,26 @@ def test_bad_arguments_have_one_clear_message_and_nothing_is_written():
         assert torch.equal(cache, old)
 
 
+def test_values_that_nobody_looked_at_reach_nothing_else(monkeypatch):
+    """As on a GPU, where looking would wait for it: an index out of range is an error of torch's, or a NaN."""
+    monkeypatch.setattr(llmkernels.ops.attention.arguments, "values_are_checked", lambda tensor: False)
+    q, k, v = tensors("cpu")
+    ints = lambda *values: torch.tensor(values, dtype=torch.int32)
+    new = {"k": k[:, :2], "v": v[:, :2], "backend": "torch"}
+    pages = (k.reshape(6, 4, 2, 16).clone(), v.reshape(6, 4, 2, 16).clone())
+    before = pages[0].clone()
+    for table, lengths in (([[0], [-1]], (0, 0)), ([[0], [6]], (0, 0)), ([[0], [1]], (0, 3)), ([[0], [1]], (0, 9))):
+        with pytest.raises((IndexError, RuntimeError), match="out of (bounds|range)"):
+            functional.attention_kvcache(q, *pages, **new, cache_seqlens=ints(*lengths), block_table=ints(*table))
+    with pytest.raises(IndexError, match="out of bounds"):
+        functional.attention_kvcache(q, k.clone(), v.clone(), **new, cache_seqlens=ints(0, 11))
+    assert torch.equal(pages[0], before)
+    cos = torch.ones(4, 8)
+    k_cache = k.clone()
+    functional.attention_kvcache(q, k_cache, v.clone(), **new, cache_seqlens=ints(0, 3), rotary=(cos, cos))
+    assert bool(k_cache[1, 4].isnan().all()) and not bool(k_cache[:, :4].isnan().any())
+
+
 def test_explain_writes_nothing():
     q, k, v = tensors("cpu")
     k_cache, v_cache = k.clone(), v.clone()
