@@ -304,6 +304,35 @@ def test_kvcache_without_an_append(forced, device):
     assert not bool(out[2].any())
 
 
+def test_calls_are_one_graph_of_a_compiler(forced, device):
+    if forced == "triton" and device == "cpu":
+        pytest.skip("triton: an interpreted kernel cannot be traced into a compiled graph's runtime checks")
+    reason = missing(forced, "attention_varlen", "attention") or missing(forced, "attention_kvcache", "attention")
+    if reason is not None:
+        pytest.skip(f"{forced}: {reason}")
+    torch._dynamo.reset()
+    q, k, v = (made(2, n, 4, 16, seed=n).to(device) for n in (3, 8, 9))
+    v = v[:, :8].clone()
+    ints = lambda *values: torch.tensor(values, dtype=torch.int32, device=device)
+
+    def calls(q, k, v, k_cache, v_cache):
+        options = {"causal": True, "window_size": (4, 0), "softcap": 5.0}
+        packed = [x.flatten(0, 1) for x in (q, k, v)]
+        return (
+            *flash_attn.flash_attn_func(q, k, v, return_attn_probs=True, **options)[:2],
+            flash_attn.flash_attn_varlen_func(*packed, ints(0, 3, 6), ints(0, 8, 16), 3, 8, **options),
+            flash_attn.flash_attn_with_kvcache(
+                q, k_cache, v_cache, k[:, :3], v[:, :3], cache_seqlens=ints(2, 1), cache_batch_idx=ints(1, 0), **options
+            ),
+        )
+
+    mine, theirs = (k.clone(), v.clone()), (k.clone(), v.clone())
+    compiled = torch.compile(calls, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v, *mine), calls(q, k, v, *theirs))
+    torch.testing.assert_close(mine, theirs)
+    assert not torch.equal(mine[0], k)
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 

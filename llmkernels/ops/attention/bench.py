@@ -12,10 +12,11 @@ def bench_cases(op: str, full: bool) -> list[AttentionCase]:
     if op == "attention_kvcache":
         lengths = [(4096,), (1024,) * 8] if full else [(4096,)]
         return [_decoding(dtype, rows) for dtype in (torch.float32, torch.bfloat16) for rows in lengths]
-    make = lambda dtype, **sizes: AttentionCase(op, dtype=dtype, **{"T": sizes["S"], **sizes})
+    make = lambda dtype, **sizes: AttentionCase(op, dtype=dtype, lse=False, **{"T": sizes["S"], **sizes})
     if op == "attention_varlen":
         lengths = (512, 256, 128, 64, 64)
-        return [AttentionCase(op, B=5, H=8, D=64, dtype=dtype, causal="bottom_right", lengths=(lengths, lengths))
+        return [AttentionCase(op, B=5, H=8, D=64, dtype=dtype, causal="bottom_right", lengths=(lengths, lengths),
+                              lse=False)
                 for dtype in (torch.float32, torch.bfloat16)]  # fmt: skip
     found = [make(dtype, B=1, H=8, S=1024, D=64, causal=causal) for dtype in (torch.bfloat16, torch.float32)
              for causal in ("top_left", None)]  # fmt: skip
@@ -36,7 +37,7 @@ def overhead_case(op: str) -> AttentionCase | CacheCase:
     if op == "attention_kvcache":
         return CacheCase("call", (8,), H=1, Hk=1, D=64, Dv=64, T=8, lse=False)
     lengths = ((1,), (8,)) if op == "attention_varlen" else None
-    return AttentionCase(op, B=1, H=1, S=1, T=8, D=64, lengths=lengths)
+    return AttentionCase(op, B=1, H=1, S=1, T=8, D=64, lengths=lengths, lse=False)
 
 
 def _sdpa(case: AttentionCase, inputs):
@@ -64,6 +65,15 @@ def _padded(case: AttentionCase, inputs):
     return (out.transpose(1, 2)[kept],)
 
 
+def _one_by_one(case: AttentionCase, inputs):
+    """attention_varlen as a loop over the sequences, each of which has as many queries as keys."""
+    rows, _ = case.lengths
+    parts = zip(*(x.transpose(0, 1).split(rows, 1) for x in (inputs.q, inputs.k, inputs.v)), strict=True)
+    options = {"is_causal": case.causal is not None, "enable_gqa": case.key_heads != case.H}
+    outs = [torch_functional.scaled_dot_product_attention(*(x[None] for x in part), **options) for part in parts]
+    return (torch.cat(outs, 2)[0].transpose(0, 1),)
+
+
 def _decoded(case: CacheCase, inputs, *, grouped: bool):
     """torch's fused attention to caches [B, Hk, T, D]; `grouped`: the heads that share keys as rows of one head."""
     q, (k, v) = inputs.q.transpose(1, 2), inputs.heads_first
@@ -80,8 +90,12 @@ def peers(case: AttentionCase | CacheCase) -> dict:
             "torch sdpa": lambda inputs: _decoded(case, inputs, grouped=False),
             "torch sdpa, heads as rows": lambda inputs: _decoded(case, inputs, grouped=True),
         }
-    function = _padded if case.lengths is not None else _sdpa
-    return {"torch sdpa": lambda inputs: function(case, inputs)}
+    if case.lengths is None:
+        return {"torch sdpa": lambda inputs: _sdpa(case, inputs)}
+    found = {"torch sdpa, padded": lambda inputs: _padded(case, inputs)}
+    if case.lengths[0] == case.lengths[1]:
+        found["torch sdpa, one by one"] = lambda inputs: _one_by_one(case, inputs)
+    return found
 
 
 def forward_peers(case: AttentionCase | CacheCase, device: str) -> dict:

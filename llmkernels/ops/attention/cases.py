@@ -42,6 +42,7 @@ class AttentionCase:
     lengths: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     data: str = "normal"  # of q and k: normal, large, integer (exact in every type)
     name: str | None = None  # the word in tests/coverage.toml; default: made of the options
+    lse: bool = True  # is returned, which torch's functions do not do
 
     @property
     def key_heads(self) -> int:
@@ -155,24 +156,31 @@ def _make_mask(case: AttentionCase, generator, device) -> tuple[Tensor | None, T
 
 
 def call(case: AttentionCase, inputs: AttentionInputs, backend: str | None = None) -> tuple[Tensor, ...]:
-    """The public function on the tensors of `inputs`: (out, lse)."""
+    """The public function on the tensors of `inputs`: (out, lse), or (out,)."""
     options = {
         "dropout_p": case.dropout, "causal": case.causal, "window": case.window, "softcap": case.softcap,
-        "alibi_slopes": inputs.alibi_slopes, "sinks": inputs.sinks, "return_lse": True, "backend": backend,
+        "alibi_slopes": inputs.alibi_slopes, "sinks": inputs.sinks, "return_lse": case.lse, "backend": backend,
     }  # fmt: skip
     if case.dropout:
         torch.manual_seed(SEED)
     if case.lengths is not None:
         longest = (max(lengths, default=0) for lengths in case.lengths)
-        return functional.attention_varlen(inputs.q, inputs.k, inputs.v, *inputs.cu_seqlens, *longest, **options)
-    mask = inputs.boolean_mask if inputs.mask is None else inputs.mask
-    return functional.scaled_dot_product_attention(
-        inputs.q, inputs.k, inputs.v, mask, enable_gqa=case.key_heads != case.H, **options
-    )
+        found = functional.attention_varlen(inputs.q, inputs.k, inputs.v, *inputs.cu_seqlens, *longest, **options)
+    else:
+        mask = inputs.boolean_mask if inputs.mask is None else inputs.mask
+        found = functional.scaled_dot_product_attention(
+            inputs.q, inputs.k, inputs.v, mask, enable_gqa=case.key_heads != case.H, **options
+        )
+    return found if case.lse else (found,)
 
 
 def call_torch(case: AttentionCase, inputs: AttentionInputs) -> tuple[Tensor, ...]:
     """The definition in the dtype of the inputs: the baseline of accuracy and, in fp64, the truth."""
+    return _defined(case, inputs)[: 2 if case.lse else 1]
+
+
+def _defined(case: AttentionCase, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the definition."""
     seed = None
     if case.dropout:
         torch.manual_seed(SEED)
@@ -310,7 +318,9 @@ def _term_sizes(case: AttentionCase, inputs: AttentionInputs) -> dict[str, Tenso
         terms = terms + 0.25 * k.shape[2]
     weights = weights * (1.0 + terms) / (1.0 - case.dropout)
     dweights = product(inputs.dout, v.transpose(-1, -2))
-    delta = product(weights, dweights.transpose(-1, -2)).diagonal(dim1=-2, dim2=-1) + inputs.dlse.abs()
+    delta = product(weights, dweights.transpose(-1, -2)).diagonal(dim1=-2, dim2=-1)
+    if case.lse:
+        delta = delta + inputs.dlse.abs()
     dscores = weights * (dweights + delta[..., None])
     summed = lambda x: (size(x).unflatten(1, (inputs.k.shape[1], group)).sum(2)) ** (1 / power)
     sizes = {

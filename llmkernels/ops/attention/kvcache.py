@@ -146,7 +146,8 @@ def attention_kvcache(
     Returns: `[B, S, H, Dv]`, or (that, lse `[B, H, S]`).
     Raises, before anything is written: ValueError or TypeError, shapes, devices, dtypes or options disagree, an input
         requires a gradient, a length or page is out of range or the cache is too small (values are looked at on the
-        CPU; on CUDA with LLMKERNELS_VALIDATE=1); NoBackendError, a forced backend cannot run this call.
+        CPU; on CUDA with LLMKERNELS_VALIDATE=1, else an append out of range is torch's device-side assertion);
+        NoBackendError, a forced backend cannot run this call.
     Reference: flash_attn_with_kvcache of flash-attn (Dao 2023, arXiv:2307.08691); Kwon et al. 2023, arXiv:2309.06180
         (pages).
     """

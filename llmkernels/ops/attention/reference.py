@@ -48,6 +48,11 @@ def _grouped(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(1, (heads, x.shape[1] // heads))
 
 
+def _shared(x: Tensor, y: Tensor) -> Tensor:
+    """`x` [B, Hk, G, S, C] @ `y` [B, Hk, C, N]: heads that share `y` are rows of one product, so it is not copied."""
+    return (x.flatten(2, 3) @ y).unflatten(2, x.shape[2:4])
+
+
 def _head_column(x: Tensor, heads: int) -> Tensor:
     """[H] or [B, H] as [B or 1, heads, H / heads, 1, 1]."""
     return _grouped(x if x.dim() == 2 else x[None], heads)[..., None, None]
@@ -102,7 +107,7 @@ def _scores(part: _Part, mask: Tensor | None, options: Options, first: int, coun
     """(scores, the same before ALiBi and masks) of a chunk of queries: [B, Hk, G, count, T]."""
     queries, keys = part.q.shape[2], part.k.shape[2]
     q = _grouped(part.q[:, :, first : first + count], part.heads)
-    capped = (q @ part.k[:, :, None].transpose(-1, -2)) * options.scale
+    capped = _shared(q, part.k.transpose(-1, -2)) * options.scale
     if options.softcap > 0.0:
         capped = options.softcap * torch.tanh(capped / options.softcap)
     scores = capped
@@ -163,7 +168,7 @@ def _chunk(part: _Part, mask, sinks, seed, options: Options, first: int, count: 
     scores, _ = _scores(part, mask, options, first, count)
     sinks = None if sinks is None else _head_column(sinks.to(scores.dtype), part.heads)
     weights, row_max, log_sum = _softmax(scores, sinks)
-    out = _dropped(weights, seed, options, part.numbers(first, count)) @ part.v[:, :, None]
+    out = _shared(_dropped(weights, seed, options, part.numbers(first, count)), part.v)
     return out.flatten(1, 2), row_max[..., 0].flatten(1, 2), log_sum[..., 0].flatten(1, 2)
 
 
@@ -217,7 +222,7 @@ def attention_bwd(dout, dlse, q, k, v, mask, alibi_slopes, sinks, seed, cu_seqle
             top, log_total = _finite(rows(row_max))[..., None], rows(log_sum)[..., None]
             weights = torch.exp((scores - top) - log_total)
             numbers = part.numbers(first, count)
-            dweights = _dropped(rows(dout) @ part.v[:, :, None].transpose(-1, -2), seed, options, numbers)
+            dweights = _dropped(_shared(rows(dout), part.v.transpose(-1, -2)), seed, options, numbers)
             delta = (weights * dweights).sum(-1, keepdim=True)
             if dlse is not None:
                 delta = delta - rows(dlse)[..., None]
@@ -233,12 +238,12 @@ def attention_bwd(dout, dlse, q, k, v, mask, alibi_slopes, sinks, seed, cu_seqle
                 dscores = dscores * (1.0 - (capped / softcap).square())
             dscores = dscores * scale
             if dq is not None:
-                dq[:, :, part.queries][:, :, first : first + count] = (dscores @ part.k[:, :, None]).flatten(1, 2)
+                dq[:, :, part.queries][:, :, first : first + count] = _shared(dscores, part.k).flatten(1, 2)
             if dk is not None:
-                dk[:, :, part.keys] += (dscores.transpose(-1, -2) @ rows(q)).sum(2)
+                dk[:, :, part.keys] += dscores.flatten(2, 3).transpose(-1, -2) @ rows(q).flatten(2, 3)
             if dv is not None:
                 kept = _dropped(weights, seed, options, numbers)
-                dv[:, :, part.keys] += (kept.transpose(-1, -2) @ rows(dout)).sum(2)
+                dv[:, :, part.keys] += kept.flatten(2, 3).transpose(-1, -2) @ rows(dout).flatten(2, 3)
     return tuple(q.new_empty(0) if grad is None else grad.to(x.dtype) for x, grad in zip(leaves, grads, strict=True))
 
 
