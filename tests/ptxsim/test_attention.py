@@ -8,7 +8,7 @@ import torch
 from llmkernels.ops.attention import cases, reference
 from llmkernels.testing.battery import evaluate
 from tests.ptxsim import backend as simulated
-from tests.ptxsim import sim
+from tests.ptxsim import golden_cases, goldens, sim
 
 pytestmark = pytest.mark.skipif(sim.absent() is not None, reason=f"ptxsim: {sim.absent()}")
 on_both = pytest.mark.parametrize("backend", tuple(simulated.CUDA))
@@ -18,6 +18,25 @@ ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 def kernel(backend: str, name: str):
     return getattr(getattr(torch.ops, f"llmkernels_{backend.replace('-', '_')}"), name).default
+
+
+@pytest.mark.parametrize("case", list(golden_cases.PARTS["attention"]()), ids=lambda case: case.name)
+def test_tile_products_are_exact(case):
+    own, stream = (tensor.double() for tensor in case.args[:2])
+    found = goldens.interpreted(case).double().unflatten(1, (12, 2, 2))
+    g, t = torch.arange(32) // 4, torch.arange(32) % 4
+    rows = g[:, None, None, None] + 8 * torch.arange(2)[:, None]
+    scores = own @ stream.T
+    side = torch.arange(2)
+    columns = 8 * torch.arange(4)[:, None, None] + 2 * t[:, None, None, None] + side
+    assert torch.equal(found[:, :4], scores[rows, columns])
+    if case.name.endswith("f32"):  # four neighbours of two tiles
+        n = torch.arange(8)[:, None, None]
+        columns = n // 2 * 16 + n % 2 * 2 + 4 * t[:, None, None, None] + side
+    else:
+        columns = 8 * torch.arange(8)[:, None, None] + 2 * t[:, None, None, None] + side
+    rounded = scores.to(case.args[0].dtype).double()
+    assert torch.equal(found[:, 4:], (rounded @ stream)[rows, columns])
 
 
 @dataclasses.dataclass(frozen=True)
