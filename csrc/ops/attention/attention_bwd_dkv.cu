@@ -17,7 +17,7 @@ struct BwdArgs {
 };
 
 template <class T, int kDim, bool kGeneral>
-__global__ void __launch_bounds__(BwdShape<T, kDim>::kThreads)
+__global__ void __launch_bounds__(BwdShape<T, kDim>::kThreads, kDim == 64 && !kGeneral ? 3 : 1)
     attention_bwd_dkv_kernel(const __grid_constant__ BwdArgs args) {
   using Shape = BwdShape<T, kDim>;
   constexpr int kOwn = Shape::kOwn, kStream = Shape::kStream, kThreads = Shape::kThreads, kTiles = kStream / 8;

@@ -17,7 +17,7 @@ struct FwdArgs {
 };
 
 template <class T, int kDim, bool kGeneral>
-__global__ void __launch_bounds__(FwdShape<T, kDim>::kThreads)
+__global__ void __launch_bounds__(FwdShape<T, kDim>::kThreads, 1)
     attention_fwd_kernel(const __grid_constant__ FwdArgs args) {
   using Shape = FwdShape<T, kDim>;
   constexpr int kOwn = Shape::kOwn, kStream = Shape::kStream, kThreads = Shape::kThreads;

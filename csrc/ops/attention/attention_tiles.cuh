@@ -175,7 +175,7 @@ struct Products<float> {
   template <int kDim, int kTiles, int kOut>
   static __device__ void weighted(float (&d)[kOut][4], const float (&p)[kTiles][4], const unsigned char* b, int b_row,
                                   int first_column) {
-    constexpr int kChunks = kDim / 4, kUnroll = kOut > 8 ? 2 : 8;
+    constexpr int kChunks = kDim / 4, kUnroll = kOut > 16 ? 1 : kOut > 8 ? 2 : 8;
     int lane = static_cast<int>(threadIdx.x) % 32;
     if constexpr (kOut > 16) asm volatile("" : "+r"(lane));
 #pragma unroll
@@ -184,8 +184,8 @@ struct Products<float> {
       for (int e = 0; e < 8; ++e) {
         // The lane of the same rows that has column e of tile k.
         const int source = (lane & ~3) | e / 2;
-        const float upper = __shfl_sync(kWholeWarp, p[k][e % 2], source);
-        const float lower = __shfl_sync(kWholeWarp, p[k][2 + e % 2], source);
+        const float upper = __shfl_sync(kWholeWarp, e % 2 == 0 ? p[k][0] : p[k][1], source);
+        const float lower = __shfl_sync(kWholeWarp, e % 2 == 0 ? p[k][2] : p[k][3], source);
 #pragma unroll
         for (int n = 0; n < kOut; n += 2) {
           const float4 right = at<kChunks>(b, b_row + k * 8 + e, first_column / 4 + n * 2 + lane % 4);
