@@ -2,6 +2,7 @@
 // the device differs, and who runs the params.
 #pragma once
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/exp.h>
 #include <ATen/ops/zeros_like.h>
@@ -49,6 +50,7 @@ struct AttentionCall {
                       ": k is ", k.sizes(), " and v ", v.sizes(), ", expected what fits q, ", q.sizes());
     TORCH_CHECK_VALUE(in.Hk > 0 ? in.H % in.Hk == 0 : in.H == 0, op, ": q has ", in.H, " heads, expected a multiple of ",
                       in.Hk);
+    in.q = q.const_data_ptr(), in.k = k.const_data_ptr(), in.v = v.const_data_ptr();
     in.q_strides = strides(q), in.k_strides = strides(k), in.v_strides = strides(v);
     in.B = q.size(0), in.S = in.q_rows, in.T = in.k_rows;
     if (t.cu_seqlens_q != nullptr) {
