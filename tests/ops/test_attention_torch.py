@@ -265,6 +265,7 @@ def test_checkpoint_replays_dropout(use_reentrant):
 
 @pytest.mark.parametrize("op", cases.OPS)
 def test_compile_with_dynamic_shapes(op):
+    """One graph for all lengths."""
     torch._dynamo.reset()
 
     def call(q, k, v, mask, sinks, ends, longest):
@@ -274,14 +275,16 @@ def test_compile_with_dynamic_shapes(op):
         return functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, **options)
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
-    for S, T in ((5, 9), (12, 7)):
+    for S, T in ((5, 9), (12, 7), (13, 20)):
         case = cases.AttentionCase(
-            op, B=2, H=4, Hk=2, S=S, T=T, D=8, sinks=True, mask="additive" if op == SDPA else None,
+            op, B=2, H=4, Hk=2, S=S, T=T, D=16, sinks=True, mask="additive" if op == SDPA else None,
             lengths=None if op == SDPA else ((S, 3), (T, 2)),
         )  # fmt: skip
         inputs = cases.make_inputs(case).requiring_grad()
         arguments = (inputs.q, inputs.k, inputs.v, inputs.mask, inputs.sinks, inputs.cu_seqlens, (S, T))
-        found, expected = compiled(*arguments), call(*arguments)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            found = compiled(*arguments)
+        expected = call(*arguments)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(inputs.backward(found), inputs.backward(expected))
 
