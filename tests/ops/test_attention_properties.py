@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import llmkernels
+from llmkernels import functional
 from llmkernels.ops.attention import cases
 from llmkernels.testing.battery import evaluate, failures, judge
 from llmkernels.testing.inputs import short_name
@@ -14,6 +15,7 @@ from tests.ops.attention_support import (
     grads,
     kernel_absent,
     normal_on,
+    run,
     sdpa,
     varlen,
     with_kernel,
@@ -171,6 +173,16 @@ def test_a_packed_sequence_does_not_feel_its_neighbours(backend, random, poison)
     others, others_lse = varlen(backend, spoil(q), spoil(k), spoil(v), lengths, lengths)
     assert torch.equal(others[20:33], out[20:33]) and torch.equal(others_lse[:, 20:33], lse[:, 20:33])
     assert torch.isnan(others[:20]).all() and torch.isnan(others[33:]).all()
+
+
+@pytest.mark.parametrize("lengths", ((), (0,), (0, 0)), ids=str)
+def test_packed_batches_of_nothing(lengths, backend, device, poison):
+    q, k, v = (torch.zeros(0, heads, 8, device=device, requires_grad=True) for heads in (4, 2, 2))
+    ends = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
+    out, lse = run(functional.attention_varlen, q, k, v, ends, ends, 0, 0, return_lse=True, backend=backend)
+    assert out.shape == (0, 4, 8) and lse.shape == (4, 0)
+    for grad, tensor in zip(torch.autograd.grad(out.sum() + lse.sum(), (q, k, v)), (q, k, v), strict=True):
+        assert grad.shape == tensor.shape
 
 
 # --- rows that are special ------------------------------------------------------------------------------------------

@@ -265,6 +265,7 @@ def test_checkpoint_replays_dropout(use_reentrant):
 
 @pytest.mark.parametrize("op", cases.OPS)
 def test_compile_with_dynamic_shapes(op):
+    """One graph for all lengths."""
     torch._dynamo.reset()
 
     def call(q, k, v, mask, sinks, ends, longest):
@@ -274,20 +275,25 @@ def test_compile_with_dynamic_shapes(op):
         return functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, **options)
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
-    for S, T in ((5, 9), (12, 7)):
+    for S, T in ((5, 9), (12, 7), (13, 20)):
         case = cases.AttentionCase(
-            op, B=2, H=4, Hk=2, S=S, T=T, D=8, sinks=True, mask="additive" if op == SDPA else None,
+            op, B=2, H=4, Hk=2, S=S, T=T, D=16, sinks=True, mask="additive" if op == SDPA else None,
             lengths=None if op == SDPA else ((S, 3), (T, 2)),
         )  # fmt: skip
         inputs = cases.make_inputs(case).requiring_grad()
         arguments = (inputs.q, inputs.k, inputs.v, inputs.mask, inputs.sinks, inputs.cu_seqlens, (S, T))
-        found, expected = compiled(*arguments), call(*arguments)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            found = compiled(*arguments)
+        expected = call(*arguments)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(inputs.backward(found), inputs.backward(expected))
 
 
 class Attends(torch.nn.Module):
-    def forward(self, q, k, v):
+    def forward(self, q, k, v, ends=None):
+        if ends is not None:
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            return functional.attention_varlen(q, k, v, *ends, 6, 18, causal="bottom_right")
         return functional.scaled_dot_product_attention(q, k, v, causal="bottom_right", window=(5, 0), enable_gqa=True)
 
 
@@ -296,8 +302,13 @@ def test_export_is_portable(tmp_path):
     q, k, v = normal(2, 4, 6, 8), normal(2, 2, 9, 8, seed=1), normal(2, 2, 9, 8, seed=2)
     keys = torch.export.Dim("keys")
     program = torch.export.export(Attends(), (q, k, v), dynamic_shapes=({}, {2: keys}, {2: keys}))
-    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert "llmkernels.attention_fwd.default" in names and not any("llmkernels_" in name for name in names)
+    ends = (torch.tensor([0, 2, 6], dtype=torch.int32), torch.tensor([0, 3, 9], dtype=torch.int32))
+    packed = torch.export.export(Attends(), (q[:1], k[:1], v[:1], ends))
+    for each in (program, packed):
+        names = {str(node.target) for node in each.graph.nodes if node.op == "call_function"}
+        assert "llmkernels.attention_fwd.default" in names and not any("llmkernels_" in name for name in names)
+    with llmkernels.use_backend("torch"):
+        torch.testing.assert_close(packed.module()(q[:1], k[:1], v[:1], ends), Attends()(q[:1], k[:1], v[:1], ends))
     torch.export.save(program, tmp_path / "attention.pt2")
     longer = [torch.cat((x, x), 2) for x in (k, v)]
     with llmkernels.use_backend("torch"):

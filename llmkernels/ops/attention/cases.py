@@ -314,8 +314,11 @@ def _term_sizes(case: AttentionCase, inputs: AttentionInputs) -> dict[str, Tenso
     weights = _definition(plain, inputs.q, k, torch.eye(k.shape[2], dtype=k.dtype, device=k.device), mask,
                           inputs.alibi_slopes, inputs.sinks, None)[0]  # fmt: skip
     terms = product(inputs.q, k.transpose(-1, -2)) * scale
-    if case.alibi:
-        terms = terms + 0.25 * k.shape[2]
+    if case.alibi and power == 1:  # 16-bit inputs have it added in fp32
+        i, j = (torch.arange(length, device=k.device) for length in (inputs.q.shape[2], k.shape[2]))
+        center = i if case.causal == "top_left" else i + len(j) - len(i)
+        slopes = inputs.alibi_slopes.reshape(-1, inputs.q.shape[1], 1, 1)
+        terms = terms + slopes * (j - center[:, None]).abs()
     weights = weights * (1.0 + terms) / (1.0 - case.dropout)
     dweights = product(inputs.dout, v.transpose(-1, -2))
     delta = product(weights, dweights.transpose(-1, -2)).diagonal(dim1=-2, dim2=-1)

@@ -78,8 +78,12 @@ class _Part:
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(first, count) of the queries whose scores are in memory at a time."""
         rows = self.q.shape[2]
-        step = max(1, CHUNK_ELEMENTS // max(1, self.q.shape[0] * self.q.shape[1] * self.k.shape[2]))
-        for first in range(0, max(rows, 1), step):
+        row_elements = self.q.shape[0] * self.q.shape[1] * self.k.shape[2]
+        if rows * row_elements <= CHUNK_ELEMENTS:
+            yield 0, rows  # without a loop over a range: a compiler would fix its length
+            return
+        step = max(1, CHUNK_ELEMENTS // row_elements)
+        for first in range(0, rows, step):
             yield first, min(step, rows - first)
 
     def numbers(self, first: int, count: int) -> Tensor:
