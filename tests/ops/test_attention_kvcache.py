@@ -34,7 +34,7 @@ def test_matches_fp64_truth(case, kernel, device, poison, covers):
     try:
         results = evaluate(forward_cases, case, inputs, kernel)
     except llmkernels.NoBackendError as error:  # of a case that tests/coverage.toml does not list
-        pytest.skip(f"{kernel}: {str(error).split(': ', 2)[-1]}")
+        pytest.skip(str(error).split("cannot run this call: ")[-1])
     assert failures(judge_results(forward_cases, case, inputs, results)) == []
     # What was written is what was appended, and nothing else was written.
     caches = ((inputs.k_cache, before[0], inputs.k), (inputs.v_cache, before[1], inputs.v))

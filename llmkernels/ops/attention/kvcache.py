@@ -16,7 +16,7 @@ OP = "attention_kvcache"
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{OP}: {name} has shape {tuple(tensor.shape)}, expected {shape}, {why}")
 
 
@@ -88,19 +88,17 @@ def _check_pages(block_table: Tensor, lengths: list[int] | None, appended: int, 
 # --- what is done ---------------------------------------------------------------------------------------------------
 
 
-def _append(cache: Tensor, new: Tensor, start: int | Tensor, block_table: Tensor | None) -> None:
-    """Write `new` `[B, S_new, heads, dim]` to the rows start .. start + S_new of each sequence."""
+def _places(cache: Tensor, start: int | Tensor, count: int, block_table: Tensor | None) -> tuple:
+    """The index of the rows start .. start + count of each sequence, `[B, count, heads, dim]`."""
     if not isinstance(start, Tensor):
-        cache[:, start : start + new.shape[1]].copy_(new)
-        return
-    rows = start[:, None] + torch.arange(new.shape[1], device=new.device)
+        return slice(None), slice(start, start + count)
+    rows = start[:, None] + torch.arange(count, device=cache.device)
     if block_table is None:
-        cache[torch.arange(rows.shape[0], device=new.device)[:, None], rows] = new
-        return
+        return torch.arange(rows.shape[0], device=cache.device)[:, None], rows
     page_size = cache.shape[1]
     pages = block_table.gather(1, rows // page_size).long()
     # Nobody has looked at these on a GPU, and a negative index would count from the end.
-    cache[torch.where(pages < 0, cache.shape[0], pages), rows % page_size] = new
+    return torch.where(pages < 0, cache.shape[0], pages), rows % page_size
 
 
 def attention_kvcache(
@@ -179,8 +177,9 @@ def attention_kvcache(
     if rotary is not None:
         query, k = rotary_embedding.turn(query, k, rotary, start, turned, checked=lengths is not None)
     if appended:
-        _append(k_cache, k, start, block_table)
-        _append(v_cache, v, start, block_table)
+        places = _places(k_cache, start, appended, block_table)
+        k_cache[places] = k
+        v_cache[places] = v
     length, seqlens = start + (appended or 0), None
     if isinstance(length, Tensor):
         seqlens = length
