@@ -164,7 +164,16 @@ def _kernels_refuse(q, k, v, mask, alibi_slopes, sinks, *_) -> str | None:
     return None
 
 
-_REFUSE = dict.fromkeys(("cpu", "cuda", "triton"), _kernels_refuse)
+TRITON_MAX_HEAD_DIM = 512
+
+
+def _triton_refuses(q, k, v, *rest) -> str | None:
+    if max(q.shape[-1], v.shape[-1]) > TRITON_MAX_HEAD_DIM:
+        return f"head_dim is {max(q.shape[-1], v.shape[-1])}, above {TRITON_MAX_HEAD_DIM}, the most a tile can hold"
+    return _kernels_refuse(q, k, v, *rest)
+
+
+_REFUSE = {"cpu": _kernels_refuse, "cuda": _kernels_refuse, "triton": _triton_refuses}
 
 _KERNELS = ("attention_fwd", "attention_bwd")
 _REFERENCES = (reference.attention_fwd, reference.attention_bwd)
