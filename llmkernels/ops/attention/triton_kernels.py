@@ -92,6 +92,7 @@ def configurations():
     yield _configuration(_attention_delta_kernel, constants, 4, "bf16", "")
     yield _kvcache_configuration(64, "bf16", 1, 16, True)
     yield _kvcache_configuration(128, "bf16", 8, 0, True)
+    yield _kvcache_configuration(64, "bf16", 64, 16, False)
     yield _kvcache_configuration(128, "fp16", 64, 16, False)
     yield _kvcache_configuration(256, "bf16", 16, 16, False)
     yield _kvcache_configuration(512, "bf16", 16, 16, False)
