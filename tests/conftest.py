@@ -69,6 +69,27 @@ def excused(backend: str) -> str | None:
     return absent(backend) if backend in registry.BACKENDS else simulated.excused(backend)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Triton's interpreter patches its language in every call of a nested kernel, which takes longer than most of these
+    calls. Once for each module is enough: a launch patches `tl` itself, and nobody takes back what nested calls do."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or _op.triton_absent():
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    if not hasattr(InterpretedFunction, "rewrite"):
+        return
+    usual, patched = InterpretedFunction.__call__, set()
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ in patched:
+            return self.rewrite()(*args, **kwargs)
+        patched.add(self.fn.__module__)
+        return usual(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call
+
+
 @pytest.fixture(params=TESTED)
 def backend(request) -> str:
     """Each backend by name; skipped with its own sentence where its tool is absent."""

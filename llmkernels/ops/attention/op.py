@@ -4,6 +4,8 @@
 cu_seqlens. reference.py has the maths, and what `row_max` and `log_sum` are.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -161,12 +163,18 @@ def _kernels_refuse(q, k, v, mask, alibi_slopes, sinks, *_) -> str | None:
     return None
 
 
-def _cuda_refuses(q, k, v, *rest) -> str | None:
-    most = max(q.shape[-1], v.shape[-1])
-    return f"head_dim is {most}, more than 256" if most > 256 else _kernels_refuse(q, k, v, *rest)
+def _refuses_above(most: int) -> Callable[..., str | None]:
+    """The kernels' refusals, and heads of more than `most` elements, which no tile can hold."""
+
+    def refuses(q, k, v, *rest) -> str | None:
+        if (dim := max(q.shape[-1], v.shape[-1])) > most:
+            return f"head_dim is {dim}, more than {most}"
+        return _kernels_refuse(q, k, v, *rest)
+
+    return refuses
 
 
-_REFUSE = dict.fromkeys(("cpu", "triton"), _kernels_refuse) | {"cuda": _cuda_refuses}
+_REFUSE = {"cpu": _kernels_refuse, "cuda": _refuses_above(256), "triton": _refuses_above(512)}
 
 _KERNELS = ("attention_fwd", "attention_bwd")
 _REFERENCES = (reference.attention_fwd, reference.attention_bwd)

@@ -116,7 +116,7 @@ def seen_blocks(low, high, low_all, high_all, count, BLOCK: tl.constexpr):
     first = tl.maximum(low, 0) // BLOCK
     last = tl.maximum(tl.cdiv(tl.minimum(high, count), BLOCK), first)
     first_whole = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(low_all, 0), BLOCK), first), last)
-    last_whole = tl.minimum(tl.maximum(tl.maximum(tl.minimum(high_all, count), 0) // BLOCK, first_whole), last)
+    last_whole = tl.minimum(tl.maximum(tl.minimum(tl.maximum(high_all, 0), count) // BLOCK, first_whole), last)
     return first, first_whole, last_whole, last
 
 

@@ -22,24 +22,29 @@ from llmkernels.ops.attention.triton_common import (
 
 
 @triton.jit
-def _tile(row_block, col_block, q, dout, k_ptr, v_ptr, top, log_sum, delta, numbers, mask_ptr, mask_row,
-          slope, seed_ptr, threshold, k_row, v_row, shift, q_len, k_len, window_left, window_right, scale, softcap,
-          softcap_inverse, keep_inverse,
-          D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-          MASK_COL: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+def _tile(first_row, first_col, q_ptr, k_ptr, v_ptr, dout_ptr, row_max_ptr, log_sum_ptr, delta_ptr, stat, mask_ptr,
+          mask_row, slope, seed_ptr, threshold, q_row, k_row, v_row, dout_row, shift, q_len, k_len, window_left,
+          window_right, scale, softcap, softcap_inverse, keep_inverse,
+          D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, MASK_COL: tl.constexpr,
+          ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """The gradient of the scores of a tile."""
-    first_row = row_block * BLOCK_M
-    first_col = col_block * BLOCK_N
+    """The gradient of the scores of a tile; `q_ptr`, `dout_ptr` and `stat` are at its first row."""
+    count = q_len - first_row
+    q = load_tile(q_ptr, count, q_row, BLOCK_M, D, D_PAD, True)
     k = load_tile(k_ptr + wide(first_col) * k_row, k_len - first_col, k_row, BLOCK_N, D, D_PAD, True)
-    v = load_tile(v_ptr + wide(first_col) * v_row, k_len - first_col, v_row, BLOCK_N, DV, DV_PAD, True)
     products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    dout = load_tile(dout_ptr, count, dout_row, BLOCK_M, DV, DV_PAD, True)
+    v = load_tile(v_ptr + wide(first_col) * v_row, k_len - first_col, v_row, BLOCK_N, DV, DV_PAD, True)
     dweights = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    top = finite(load_stats(row_max_ptr + stat, count, BLOCK_M, True))
+    log_sum = load_stats(log_sum_ptr + stat, count, BLOCK_M, True)
+    delta = load_stats(delta_ptr + stat, count, BLOCK_M, True)
+    row_lanes = tl.arange(0, BLOCK_M)[:, None]
     _, dscores, _ = gradients(
-        products, dweights, first_row, first_col, tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :],
-        top[:, None], log_sum[:, None], delta[:, None], numbers[:, None], mask_ptr, mask_row, slope,
-        seed_ptr, threshold, shift, q_len, k_len, window_left, window_right, scale, softcap, softcap_inverse,
-        keep_inverse, MASK_COL, ALIBI, SOFTCAP, LEFT, RIGHT, True)  # fmt: skip
+        products, dweights, first_row, first_col, row_lanes, tl.arange(0, BLOCK_N)[None, :], top[:, None],
+        log_sum[:, None], delta[:, None], stat + row_lanes, mask_ptr, mask_row, slope, seed_ptr, threshold, shift,
+        q_len, k_len, window_left, window_right, scale, softcap, softcap_inverse, keep_inverse,
+        MASK_COL, ALIBI, SOFTCAP, LEFT, RIGHT, True)  # fmt: skip
     return dscores
 
 
@@ -120,50 +125,44 @@ def _attention_dmask_kernel(
     shift = k_rows - q_rows
     if TOP_LEFT:
         shift = 0
-    first_block = row_tile
-    last_block = row_tile + 1
-    if SUM_ROWS:
-        first_block = row_tile * 0
-        last_block = tl.cdiv(q_rows, BLOCK_M)
+    row_block = row_tile
+    col_block = col_tile
+    row_blocks = 1
+    col_blocks = 1
+    if SUM_ROWS and SUM_COLS:
+        row_blocks = tl.cdiv(q_rows, BLOCK_M)
+        col_blocks = tl.cdiv(k_rows, BLOCK_N)
+    elif SUM_ROWS:
+        row_block, _, _, last = query_blocks(
+            col_tile * BLOCK_N, BLOCK_N, shift, q_rows, window_left, window_right, LEFT, RIGHT, BLOCK_M
+        )
+        row_blocks = last - row_block
+    else:
+        first, _, _, last = key_blocks(
+            row_tile * BLOCK_M, BLOCK_M, shift, k_rows, window_left, window_right, LEFT, RIGHT, BLOCK_N
+        )
         if not SUM_COLS:
-            first_block, _, _, last_block = query_blocks(
-                col_tile * BLOCK_N, BLOCK_N, shift, q_rows, window_left, window_right, LEFT, RIGHT, BLOCK_M
-            )
+            first = tl.maximum(first, col_tile)
+            last = tl.minimum(last, col_tile + 1)
+        col_block = first
+        col_blocks = tl.maximum(last - first, 0)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for batch in tl.range(first_batch, first_batch + sum_batches):
-        for head in tl.range(first_head, first_head + sum_heads):
-            batch64 = wide(batch)
-            head64 = wide(head)
-            key_head = head64 // group
-            slope = head_value(slopes_ptr, batch64, slope_batch, head64)
-            head_mask = mask_ptr + batch64 * mask_batch + head64 * mask_head
-            head_k = k_ptr + batch64 * k_batch + key_head * k_head
-            head_v = v_ptr + batch64 * v_batch + key_head * v_head
-            head_q = q_ptr + batch64 * q_batch + head64 * q_head
-            head_dout = dout_ptr + batch64 * dout_batch + head64 * dout_head
-            stat = first_stat(batch64, head64, heads, 0, q_rows, None)
-            for row_block in tl.range(first_block, last_block):
-                first_row = row_block * BLOCK_M
-                row_stat = stat + first_row
-                count = q_rows - first_row
-                q = load_tile(head_q + wide(first_row) * q_row, count, q_row, BLOCK_M, D, D_PAD, True)
-                dout = load_tile(head_dout + wide(first_row) * dout_row, count, dout_row, BLOCK_M, DV, DV_PAD, True)
-                top = finite(load_stats(row_max_ptr + row_stat, count, BLOCK_M, True))
-                log_sum = load_stats(log_sum_ptr + row_stat, count, BLOCK_M, True)
-                delta = load_stats(delta_ptr + row_stat, count, BLOCK_M, True)
-                numbers = row_stat + tl.arange(0, BLOCK_M)
-                first, _, _, last = key_blocks(
-                    first_row, BLOCK_M, shift, k_rows, window_left, window_right, LEFT, RIGHT, BLOCK_N
-                )
-                if not SUM_COLS:
-                    first = tl.maximum(first, col_tile)
-                    last = tl.minimum(last, col_tile + 1)
-                for col_block in tl.range(first, last, num_stages=STAGES):
-                    total += _tile(
-                        row_block, col_block, q, dout, head_k, head_v, top, log_sum, delta, numbers, head_mask,
-                        mask_row, slope, seed_ptr, threshold, k_row, v_row, shift, q_rows, k_rows,
-                        window_left, window_right, scale, softcap, softcap_inverse, keep_inverse, D, DV, D_PAD, DV_PAD,
-                        MASK_COL, slopes_ptr is not None, SOFTCAP, LEFT, RIGHT, BLOCK_M, BLOCK_N)  # fmt: skip
+    for index in tl.range(0, sum_batches * sum_heads * row_blocks * col_blocks, num_stages=STAGES):
+        member = index // (row_blocks * col_blocks)
+        batch = wide(first_batch + member // sum_heads)
+        head = wide(first_head + member % sum_heads)
+        first_row = (row_block + (index // col_blocks) % row_blocks) * BLOCK_M
+        total += _tile(
+            first_row, (col_block + index % col_blocks) * BLOCK_N,
+            q_ptr + batch * q_batch + head * q_head + wide(first_row) * q_row,
+            k_ptr + batch * k_batch + (head // group) * k_head, v_ptr + batch * v_batch + (head // group) * v_head,
+            dout_ptr + batch * dout_batch + head * dout_head + wide(first_row) * dout_row, row_max_ptr, log_sum_ptr,
+            delta_ptr, first_stat(batch, head, heads, first_row, q_rows, None),
+            mask_ptr + batch * mask_batch + head * mask_head, mask_row,
+            head_value(slopes_ptr, batch, slope_batch, head), seed_ptr, threshold, q_row, k_row, v_row, dout_row,
+            shift, q_rows, k_rows, window_left, window_right, scale, softcap, softcap_inverse, keep_inverse,
+            D, DV, D_PAD, DV_PAD, MASK_COL, slopes_ptr is not None, SOFTCAP, LEFT, RIGHT, BLOCK_M,
+            BLOCK_N)  # fmt: skip
     rows = (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     cols = (col_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     dmask_ptr += first_batch.to(tl.int64) * dmask_batch + first_head.to(tl.int64) * dmask_head

@@ -4,15 +4,22 @@ from llmkernels.ops.attention.triton_bwd import _attention_delta_kernel, _attent
 from llmkernels.ops.attention.triton_dkv import _attention_dkv_kernel
 from llmkernels.ops.attention.triton_dmask import _attention_dmask_kernel
 from llmkernels.ops.attention.triton_fwd import _attention_fwd_kernel
-from llmkernels.ops.attention.triton_kvcache import attention_kvcache_fwd
+from llmkernels.ops.attention.triton_kvcache import (
+    MERGE_ROWS,
+    _attention_kvcache_kernel,
+    _attention_merge_kernel,
+    attention_kvcache_fwd,
+)
+from llmkernels.ops.attention.triton_kvcache import tiles as kvcache_tiles
 from llmkernels.ops.attention.triton_launch import DELTA_ROWS, attention_bwd, attention_fwd, tiles
 
 __all__ = ["attention_bwd", "attention_fwd", "attention_kvcache_fwd", "configurations"]
 
 _POINTERS = {"slopes": "fp32", "sinks": "fp32", "dlse": "fp32", "row_max": "fp32", "log_sum": "fp32", "delta": "fp32",
-             "seed": "*i64", "ends_q": "*i32", "ends_k": "*i32", "mask": "mask", "dmask": "mask"}  # fmt: skip
+             "parts": "fp32", "tops": "fp32", "totals": "fp32", "lengths": "*i32", "table": "*i32", "seed": "*i64",
+             "ends_q": "*i32", "ends_k": "*i32", "mask": "mask", "dmask": "mask"}  # fmt: skip
 _NUMBERS = ("scale", "softcap", "softcap_inverse", "keep_inverse")
-_STRIDES = ("batch", "head", "row", "col")
+_STRIDES = ("_batch", "_head", "_row", "_col", "_split")
 
 
 def _type(name: str, data: str, mask: str) -> str:
@@ -37,13 +44,8 @@ _ABSENT = ("mask_ptr", "slopes_ptr", "sinks_ptr", "seed_ptr", "ends_q_ptr", "end
 
 def _options(which: str) -> dict:
     """Constants of a causal call, of a packed one, and of one with everything else."""
-    constants = dict.fromkeys(_ABSENT) | {
-        "TOP_LEFT": False,
-        "SOFTCAP": False,
-        "LEFT": False,
-        "RIGHT": True,
-        "MASK_COL": 1,
-    }
+    constants = dict.fromkeys(_ABSENT)
+    constants |= {"TOP_LEFT": False, "SOFTCAP": False, "LEFT": False, "RIGHT": True, "MASK_COL": 1}
     if which == "packed":
         constants |= {"LEFT": True}
         del constants["ends_q_ptr"], constants["ends_k_ptr"]
@@ -55,7 +57,7 @@ def _options(which: str) -> dict:
 
 
 def _kernel_configuration(name: str, dim: int, data: str, which: str):
-    block_m, block_n, warps, stages = tiles(name, dim, 4 if data == "fp32" else 2)
+    block_m, block_n, warps, stages = tiles(name, dim, 4 if data == "fp32" else 2, which == "everything")
     constants = _options("everything" if name == "dmask" else which)
     constants |= {"D": dim, "DV": dim, "D_PAD": dim, "DV_PAD": dim, "BLOCK_M": block_m, "BLOCK_N": block_n}
     constants |= {"STAGES": stages, "SUM_ROWS": dim == 64, "SUM_COLS": dim == 128}
@@ -63,14 +65,38 @@ def _kernel_configuration(name: str, dim: int, data: str, which: str):
     return _configuration(_KERNELS[name], constants, warps, data, mask)
 
 
+def _kvcache_configuration(dim: int, data: str, count: int, page: int, split: bool):
+    block_m, block_n, warps, stages = kvcache_tiles(count, dim, 4 if data == "fp32" else 2)
+    constants = {"D": dim, "DV": dim, "D_PAD": dim, "DV_PAD": dim, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    constants |= {"TOP_LEFT": False, "SOFTCAP": page > 0, "LEFT": page > 0, "RIGHT": True, "STAGES": stages}
+    constants |= {"PAGE": page, "SPLIT": split}
+    if page == 0:
+        constants |= dict.fromkeys(("table_ptr", "slopes_ptr", "sinks_ptr"))
+    kernel, types, constants, warps = _configuration(_attention_kvcache_kernel, constants, warps, data, "")
+    if split:
+        types[[name for name in kernel.arg_names if name not in constants].index("out_ptr")] = "fp32"
+    return kernel, types, constants, warps
+
+
 def configurations():
     """For testing/triton_aot.py: every kernel for every padded head dimension, and every option at least once."""
-    for name in _KERNELS:
+    for offset, name in enumerate(_KERNELS):
         for index, dim in enumerate((64, 128, 256, 512)):
             yield _kernel_configuration(name, dim, ("bf16", "fp16")[index % 2], "everything")
-            yield _kernel_configuration(name, dim, "fp32", "everything")
+            if index % 2 == offset % 2:
+                yield _kernel_configuration(name, dim, "fp32", "everything")
     for name in ("fwd", "dq", "dkv"):
         yield _kernel_configuration(name, 64, "bf16", "packed")
         yield _kernel_configuration(name, 128, "bf16", "causal")
-    constants = {"DV": 128, "DV_PAD": 128, "BLOCK_M": DELTA_ROWS}
-    yield _configuration(_attention_delta_kernel, constants, 4, "bf16", "fp32")
+    constants = {"DV": 512, "DV_PAD": 512, "BLOCK_M": DELTA_ROWS}
+    yield _configuration(_attention_delta_kernel, constants, 4, "bf16", "")
+    yield _kvcache_configuration(64, "bf16", 1, 16, True)
+    yield _kvcache_configuration(128, "bf16", 8, 0, True)
+    yield _kvcache_configuration(64, "bf16", 64, 16, False)
+    yield _kvcache_configuration(128, "fp16", 64, 16, False)
+    yield _kvcache_configuration(256, "bf16", 16, 16, False)
+    yield _kvcache_configuration(512, "bf16", 16, 16, False)
+    yield _kvcache_configuration(128, "fp32", 1, 16, False)
+    yield _kvcache_configuration(512, "fp32", 1, 16, True)
+    constants = {"DV": 512, "DV_PAD": 512, "BLOCK_M": MERGE_ROWS}
+    yield _configuration(_attention_merge_kernel, constants, 4, "bf16", "")

@@ -133,7 +133,7 @@ def _attention_kvcache_kernel(
         cols = index * BLOCK_N + tl.arange(0, BLOCK_N)
         k = _cached(k_ptr, cols, table_ptr, pages, k_batch, k_row, k_len, D, D_PAD, PAGE)
         products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-        s, _ = scores(products, 0, 0, row[:, None], cols[None, :], None, 0, slope[:, None], shift, queries, k_len,
+        s, _capped = scores(products, 0, 0, row[:, None], cols[None, :], None, 0, slope[:, None], shift, queries, k_len,
                       window_left, window_right, scale, softcap, softcap_inverse,
                       0, slopes_ptr is not None, SOFTCAP, LEFT, RIGHT, True)  # fmt: skip
         weights, row_max, total, acc = online_softmax(s, row_max, total, acc)
@@ -208,14 +208,14 @@ def _attention_merge_kernel(
 # (BLOCK_N, warps, stages) by the larger head dimension, padded to a power of two.
 _TILES = {
     2: {64: (64, 4, 3), 128: (64, 4, 2), 256: (32, 4, 2), 512: (16, 4, 2)},
-    4: {64: (32, 4, 2), 128: (32, 4, 1), 256: (16, 4, 1), 512: (16, 8, 1)},
+    4: {64: (32, 4, 2), 128: (16, 8, 1), 256: (16, 8, 1), 512: (16, 8, 1)},
 }
 
 
 def tiles(count: int, dim: int, itemsize: int) -> tuple[int, int, int, int]:
     """(BLOCK_M, BLOCK_N, warps, stages) for `count` rows that share a key head."""
     block_n, warps, stages = _TILES[itemsize][max(dim, 64)]
-    most = 64 if dim <= 128 and itemsize == 2 else 16
+    most = 32 if dim <= 128 and itemsize == 2 else 16
     return min(triton.next_power_of_2(max(count, 16)), most), block_n, warps, stages
 
 

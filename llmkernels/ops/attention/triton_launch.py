@@ -13,20 +13,27 @@ from llmkernels.ops.attention.triton_fwd import _attention_fwd_kernel
 
 DELTA_ROWS = 16
 
-# (BLOCK_M, BLOCK_N, warps, stages) by the larger head dimension, padded to a power of two. Sums and tiles of products
-# have to fit the registers, tiles of k and v shared memory. A product in fp32 runs on no tensor core and takes more of
-# the first.
+# (BLOCK_M, BLOCK_N, warps, stages) by the itemsize and the larger head dimension, padded to a power of two: as large as
+# registers and shared memory of every architecture allow without spilling. A product in fp32 runs on no tensor core.
 _TILES = {
-    ("fwd", 2): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2), 512: (32, 32, 8, 1)},
-    ("dq", 2): {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1), 512: (32, 16, 8, 1)},
-    ("dkv", 2): {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 1), 512: (16, 32, 8, 1)},
-    ("dmask", 2): {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1), 512: (32, 16, 8, 1)},
-    ("fwd", 4): {64: (64, 32, 8, 2), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1), 512: (16, 16, 8, 1)},
-    ("dq", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)},
-    ("dkv", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)},
-    ("dmask", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)},
+    ("fwd", 2): {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2), 512: (32, 32, 8, 1)},
+    ("fwd", 4): {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1), 512: (16, 16, 8, 1)},
+    ("dq", 2): {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2), 512: (32, 32, 8, 1)},
+    ("dq", 4): {64: (64, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)},
+    ("dkv", 2): {64: (64, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2), 512: (16, 16, 8, 1)},
+    ("dkv", 4): {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1), 512: (16, 16, 8, 1)},
+    ("dmask", 2): {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2), 512: (16, 16, 8, 1)},
+    ("dmask", 4): {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1), 512: (16, 16, 8, 1)},
 }
-MAX_HEAD_DIM = 512
+# Where a mask, dropout, a softcap or ALiBi needs more registers.
+_TILES_WITH_OPTIONS = {
+    ("fwd", 2): {128: (128, 32, 8, 2)},
+    ("fwd", 4): {64: (32, 32, 8, 1)},
+    ("dq", 2): {64: (128, 32, 8, 2), 512: (32, 16, 8, 1)},
+    ("dq", 4): {64: (32, 32, 8, 1)},
+    ("dkv", 2): {64: (32, 64, 8, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
+    ("dkv", 4): {64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+}
 
 
 def padded(dim: int) -> int:
@@ -34,9 +41,11 @@ def padded(dim: int) -> int:
     return max(triton.next_power_of_2(dim), 16)
 
 
-def tiles(kernel: str, dim: int, itemsize: int) -> tuple[int, int, int, int]:
+def tiles(kernel: str, dim: int, itemsize: int, options: bool) -> tuple[int, int, int, int]:
     """(BLOCK_M, BLOCK_N, warps, stages) of a kernel for padded head dimensions of up to `dim`."""
-    return _TILES[kernel, itemsize][max(dim, 64)]
+    dim = max(dim, 64)
+    plain = _TILES[kernel, itemsize][dim]
+    return _TILES_WITH_OPTIONS.get((kernel, itemsize), {}).get(dim, plain) if options else plain
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -85,6 +94,7 @@ class _Call:
         self.longest_k = min(max_seqlen_k, k_rows) if self.packed else k_rows
         self.dims = head_dims(k, v)
         self.pad = max(self.dims["D_PAD"], self.dims["DV_PAD"])
+        self.options = mask is not None or alibi_slopes is not None or seed is not None or softcap > 0.0
         self.mask_sizes = None if mask is None else mask.shape
         self.arguments = {
             "q_ptr": q, "k_ptr": k, "v_ptr": v, "seed_ptr": seed,
@@ -119,7 +129,7 @@ class _Call:
 
     def tiles(self, kernel: str) -> tuple[int, int, dict]:
         """(BLOCK_M, BLOCK_N, the same and how to launch as keyword arguments)."""
-        block_m, block_n, warps, stages = tiles(kernel, self.pad, self.dtype.itemsize)
+        block_m, block_n, warps, stages = tiles(kernel, self.pad, self.dtype.itemsize, self.options)
         return block_m, block_n, {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_warps": warps}
 
 
