@@ -13,19 +13,27 @@ constexpr int64_t kAttentionMostRows = int64_t{1} << 28;  // so that positions a
 constexpr int kAttentionOpen = 1 << 30;                   // a window entry that ends nothing
 
 // Rows of a block's tiles: `own` stay in shared memory (queries, or the keys whose gradients are summed), `stream` come
-// by in each step, 16 or fewer for each warp at a time. All that a block keeps fits into the 99 KB of sm_86 and sm_89.
+// by in each step. A warp has 16 of the own rows, `row_tiles` times. All that a block keeps fits into the 99 KB of sm_86
+// and sm_89; of the plain kernels two blocks fit into the 164 KB of sm_80.
 struct AttentionTile {
-  int own, stream;
-  constexpr int threads() const { return own / 16 * 32; }
+  int own, stream, row_tiles;
+  constexpr int threads() const { return own / (16 * row_tiles) * 32; }
 };
 
-// By the bytes of a row. Forward: one own tile, and twice two of the stream.
-constexpr AttentionTile attention_fwd_tile(int row_bytes) {
-  return row_bytes <= 256 ? AttentionTile{64, 64} : row_bytes <= 512 ? AttentionTile{64, 32} : AttentionTile{32, 16};
+// By the bytes of a row. Forward: one own tile, and twice two of the stream. The plain kernels read every key once for 32
+// queries: with 16 shared memory, not the tensor cores, would be the limit.
+constexpr AttentionTile attention_fwd_tile(int row_bytes, bool general) {
+  if (!general) return row_bytes <= 128 ? AttentionTile{128, 64, 2} : AttentionTile{128, 32, 2};
+  return row_bytes <= 256   ? AttentionTile{64, 64, 1}
+         : row_bytes <= 512 ? AttentionTile{64, 32, 1}
+                            : AttentionTile{32, 16, 1};
 }
 // Backward: two own tiles, twice two of the stream.
-constexpr AttentionTile attention_bwd_tile(int row_bytes) {
-  return row_bytes <= 256 ? AttentionTile{64, 32} : row_bytes <= 512 ? AttentionTile{64, 16} : AttentionTile{32, 8};
+constexpr AttentionTile attention_bwd_tile(int row_bytes, bool general) {
+  if (!general) return row_bytes <= 128 ? AttentionTile{128, 32, 2} : AttentionTile{64, 32, 1};
+  return row_bytes <= 256   ? AttentionTile{64, 32, 1}
+         : row_bytes <= 512 ? AttentionTile{64, 16, 1}
+                            : AttentionTile{32, 8, 1};
 }
 
 // Decoding: 16 rows, and in each step `stream` keys, an equal slice for each warp.
@@ -98,35 +106,35 @@ inline Launch attention_launch(int64_t blocks, int threads, int shared) {
 
 // Blocks of each kernel; those of a head stand side by side, so that they find its keys in the L2 cache.
 inline int64_t attention_fwd_blocks(const AttentionInputs& in, const AttentionPlan& plan) {
-  return in.B * in.H * ceil_div(in.S, attention_fwd_tile(plan.row_bytes).own);
+  return in.B * in.H * ceil_div(in.S, attention_fwd_tile(plan.row_bytes, plan.general).own);
 }
 inline int64_t attention_dq_blocks(const AttentionInputs& in, const AttentionPlan& plan) {
-  return in.B * in.H * ceil_div(in.S, attention_bwd_tile(plan.row_bytes).own);
+  return in.B * in.H * ceil_div(in.S, attention_bwd_tile(plan.row_bytes, plan.general).own);
 }
 inline int64_t attention_dkv_blocks(const AttentionInputs& in, const AttentionPlan& plan) {
-  return in.B * in.Hk * ceil_div(in.T, attention_bwd_tile(plan.row_bytes).own) * (plan.dim / attention_columns(plan.dim));
+  return in.B * in.Hk * ceil_div(in.T, attention_bwd_tile(plan.row_bytes, plan.general).own) * (plan.dim / attention_columns(plan.dim));
 }
 inline int64_t attention_dmask_blocks(const AttentionBwdParams& p, const AttentionPlan& plan) {
-  const AttentionTile tile = attention_bwd_tile(plan.row_bytes);
+  const AttentionTile tile = attention_bwd_tile(plan.row_bytes, true);
   const int64_t *sizes = p.dmask_sizes;
   return sizes[0] * sizes[1] * ceil_div(sizes[2], tile.own) * ceil_div(sizes[3], tile.stream);
 }
 
-constexpr int attention_fwd_shared(int row_bytes) {
-  const AttentionTile tile = attention_fwd_tile(row_bytes);
+constexpr int attention_fwd_shared(int row_bytes, bool general) {
+  const AttentionTile tile = attention_fwd_tile(row_bytes, general);
   return (tile.own + 4 * tile.stream) * row_bytes;
 }
-constexpr int attention_dq_shared(int row_bytes) {
-  const AttentionTile tile = attention_bwd_tile(row_bytes);
+constexpr int attention_dq_shared(int row_bytes, bool general) {
+  const AttentionTile tile = attention_bwd_tile(row_bytes, general);
   return (2 * tile.own + 4 * tile.stream) * row_bytes;
 }
 // Also row_max, log_sum and delta of two steps.
-constexpr int attention_dkv_shared(int row_bytes) {
-  return attention_dq_shared(row_bytes) + 2 * 3 * attention_bwd_tile(row_bytes).stream * 4;
+constexpr int attention_dkv_shared(int row_bytes, bool general) {
+  return attention_dq_shared(row_bytes, general) + 2 * 3 * attention_bwd_tile(row_bytes, general).stream * 4;
 }
 // One step at a time.
 constexpr int attention_dmask_shared(int row_bytes) {
-  const AttentionTile tile = attention_bwd_tile(row_bytes);
+  const AttentionTile tile = attention_bwd_tile(row_bytes, true);
   return 2 * (tile.own + tile.stream) * row_bytes;
 }
 constexpr int attention_cache_shared(int row_bytes) {
