@@ -37,7 +37,11 @@ def small_attention(case):
     return dataclasses.replace(case, B=1, H=2, S=160, T=160)
 
 
-SMALL = {"attention": small_attention, "norm": small_norm, "gated": small_gated}  # family -> the small version of one of its benchmarks' cases
+SMALL = {
+    "attention": small_attention,
+    "norm": small_norm,
+    "gated": small_gated,
+}  # family -> the small version of one of its benchmarks' cases
 
 
 def count(backend: str, op: str | None) -> dict[str, collections.Counter]:

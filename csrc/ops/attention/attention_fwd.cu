@@ -54,8 +54,11 @@ __global__ void __launch_bounds__(FwdShape<T, kDim, kGeneral>::kThreads, 1)
   const int64_t stat = span.first_stat(in, b, h);
   const Dropout dropout(in);
   RowKeys keys[2] = {};
+  if (in.sinks != nullptr) {
+    const float sink = kGeneral ? in.sinks[h] : in.sinks[h] / in.scale;  // in the unit of the scores
+    state.start(0, sink), state.start(1, sink);
+  }
   if constexpr (kGeneral) {
-    if (in.sinks != nullptr) state.start(0, in.sinks[h]), state.start(1, in.sinks[h]);
     if (dropout.drops()) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) keys[half] = dropout.keys(stat + row + half * 8);

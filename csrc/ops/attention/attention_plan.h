@@ -54,32 +54,31 @@ constexpr int kAttentionSmallThreads = 128;  // of the kernels that walk over ro
 
 // What every kernel of a call is told.
 struct AttentionPlan {
-  bool general;  // whether the variant with every option runs; the plain one has causal masks and windows only
-  bool wide;     // rows of all inputs are whole vectors of 16 bytes
-  bool wide_out; // rows of all outputs are
-  int dim;       // columns of a tile: 64, 128 or 256
+  bool general;   // the variant with every option; the plain one has causal masks, windows, lengths and sinks only
+  bool wide;      // rows of all inputs are whole vectors of 16 bytes
+  bool wide_out;  // rows of all outputs are
+  int dim;        // columns of a tile: 64, 128 or 256
   int row_bytes;
 };
+
+inline bool attention_rows_are_wide(const void* pointer, const AttentionStrides& s, int64_t dim, DType dtype) {
+  return pointer == nullptr || (aligned(pointer, 16) && (s.batch | s.head | s.row | dim) * element_bytes(dtype) % 16 == 0);
+}
 
 inline AttentionPlan plan_attention(const AttentionInputs& in, bool wide_out) {
   AttentionPlan plan{};
   const int64_t bytes = element_bytes(in.dtype), most = std::max(in.D, in.Dv);
-  const auto wide = [&](const void* pointer, const AttentionStrides& s, int64_t dim) {
-    return aligned(pointer, 16) && (s.batch | s.head | s.row | dim) * bytes % 16 == 0;
-  };
   plan.dim = most <= 64 ? 64 : most <= 128 ? 128 : 256;
   plan.row_bytes = plan.dim * static_cast<int>(bytes);
-  plan.wide = wide(in.q, in.q_strides, in.D) && wide(in.k, in.k_strides, in.D) && wide(in.v, in.v_strides, in.Dv);
+  plan.wide = attention_rows_are_wide(in.q, in.q_strides, in.D, in.dtype) &&
+              attention_rows_are_wide(in.k, in.k_strides, in.D, in.dtype) &&
+              attention_rows_are_wide(in.v, in.v_strides, in.Dv, in.dtype);
   plan.wide_out = wide_out;
   // The plain kernels exist for 16-bit types and the usual head dimensions; their maxima are those of unscaled scores.
   plan.general = bytes != 2 || plan.dim > 128 || !plan.wide || !wide_out || !(in.scale > 0.0f) || in.softcap > 0.0f ||
-                 in.mask_kind != MaskKind::kNone || in.alibi_slopes != nullptr || in.sinks != nullptr ||
-                 in.seed != nullptr || in.seqlens_k != nullptr || in.block_table != nullptr;
+                 in.mask_kind != MaskKind::kNone || in.alibi_slopes != nullptr || in.seed != nullptr ||
+                 in.block_table != nullptr;
   return plan;
-}
-
-inline bool attention_rows_are_wide(const void* pointer, const AttentionStrides& s, int64_t dim, DType dtype) {
-  return pointer == nullptr || (aligned(pointer, 16) && (s.batch | s.head | s.row | dim) * element_bytes(dtype) % 16 == 0);
 }
 
 inline AttentionPlan plan_attention_fwd(const AttentionFwdParams& p) {
@@ -116,7 +115,7 @@ inline int64_t attention_dkv_blocks(const AttentionInputs& in, const AttentionPl
 }
 inline int64_t attention_dmask_blocks(const AttentionBwdParams& p, const AttentionPlan& plan) {
   const AttentionTile tile = attention_bwd_tile(plan.row_bytes, true);
-  const int64_t *sizes = p.dmask_sizes;
+  const int64_t* const sizes = p.dmask_sizes;
   return sizes[0] * sizes[1] * ceil_div(sizes[2], tile.own) * ceil_div(sizes[3], tile.stream);
 }
 
@@ -147,10 +146,10 @@ struct AttentionCachePlan {
   int64_t row_tiles, splits;
 };
 
-constexpr int64_t kDecodeRows = 64;      // four tiles read the cache, three of them from L2
-constexpr int64_t kKeysOfSplit = 256;    // fewer are not worth the merge
+constexpr int64_t kDecodeRows = 64;    // four tiles read the cache, three of them from L2
+constexpr int64_t kKeysOfSplit = 256;  // fewer are not worth the merge
 constexpr int64_t kMostSplits = 128;
-constexpr int kDecodeBlocksOfSm = 2;     // by shared memory
+constexpr int kDecodeBlocksOfSm = 2;  // by shared memory
 
 inline AttentionCachePlan plan_attention_cache(const AttentionInputs& in, const AttentionPlan& plan, const Gpu& gpu) {
   AttentionCachePlan cache{};
@@ -158,7 +157,7 @@ inline AttentionCachePlan plan_attention_cache(const AttentionInputs& in, const 
   cache.decode = rows <= kDecodeRows;
   cache.row_tiles = ceil_div(rows, kCacheRows);
   const int64_t blocks = in.B * in.Hk * cache.row_tiles, resident = int64_t{gpu.multiprocessors} * kDecodeBlocksOfSm;
-  const int64_t most = std::min(kMostSplits, ceil_div(in.T, std::max<int64_t>(kKeysOfSplit, 1)));
+  const int64_t most = std::min(kMostSplits, ceil_div(in.T, kKeysOfSplit));
   cache.splits = std::clamp<int64_t>(resident / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(most, 1));
   return cache;
 }
