@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmkernels.ops.attention import cases, reference
-from llmkernels.testing.battery import evaluate
+from llmkernels.testing.battery import evaluate, failures, judge
 from tests.ptxsim import backend as simulated
 from tests.ptxsim import golden_cases, goldens, sim
 
@@ -167,6 +167,26 @@ def test_schedules_do_not_change_a_bit(case, backend, async_mode):
         with sim.device(seed=seed, async_mode=async_mode, check=seed == 1):
             for name, result in evaluate(cases, case, inputs, backend).items():
                 assert torch.equal(result, expected[name]), name
+
+
+# Tiles end at 31, 32, 63, 64, ...; a warp's rows too. An entry of a window one off shows in one of these.
+EDGES = [
+    cases.AttentionCase(SDPA, B=1, H=1, S=S, T=T, D=16, causal=causal, window=window, dtype=torch.bfloat16)
+    for S, T, causal, window in (
+        (65, 127, None, None), (31, 63, None, None), (128, 64, None, None), (33, 129, None, None), (95, 96, None, None),
+        (66, 128, "bottom_right", None), (34, 96, "bottom_right", None), (65, 128, "bottom_right", None),
+        (67, 128, "bottom_right", None), (100, 70, "bottom_right", None), (128, 128, "top_left", None),
+        (128, 128, None, (30, 0)), (128, 128, None, (31, 0)), (128, 128, None, (32, 1)), (130, 130, None, (62, 31)),
+        (130, 130, None, (63, 32)), (130, 130, None, (64, 33)), (96, 140, None, (127, 63)), (96, 140, None, (1, 62)),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("case", EDGES, ids=str)
+def test_edges_of_tiles(case, dtype):
+    case = dataclasses.replace(case, dtype=dtype)
+    assert failures(judge(cases, case, "cuda-sim-sm80")) == []
 
 
 def test_work_grows_with_the_window():

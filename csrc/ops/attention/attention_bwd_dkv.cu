@@ -17,10 +17,11 @@ struct BwdArgs {
 };
 
 template <class T, int kDim, bool kGeneral>
-__global__ void __launch_bounds__(BwdShape<T, kDim>::kThreads, kDim == 64 && !kGeneral ? 3 : 1)
+__global__ void __launch_bounds__(BwdShape<T, kDim, kGeneral>::kThreads, 1)
     attention_bwd_dkv_kernel(const __grid_constant__ BwdArgs args) {
-  using Shape = BwdShape<T, kDim>;
-  constexpr int kOwn = Shape::kOwn, kStream = Shape::kStream, kThreads = Shape::kThreads, kTiles = kStream / 8;
+  using Shape = BwdShape<T, kDim, kGeneral>;
+  constexpr int kOwn = Shape::kOwn, kStream = Shape::kStream, kThreads = Shape::kThreads;
+  constexpr int kRows = Shape::kRows, kTiles = kStream / 8;
   constexpr int kColumns = Shape::kColumns, kParts = kDim / kColumns;
   extern __shared__ __align__(1024) unsigned char shared[];
   const AttentionBwdParams& p = args.p;
@@ -70,40 +71,45 @@ __global__ void __launch_bounds__(BwdShape<T, kDim>::kThreads, kDim == 64 && !kG
     fetch_step(0);
   }
   const Dropout dropout(in);
-  float dk[kColumns / 8][4] = {}, dv[kColumns / 8][4] = {};
-  const int key = first + warp * 16 + lane / 4;  // of this lane, and the one 8 below
-  const bool active = first + warp * 16 < span.keys;
+  float dk[kRows][kColumns / 8][4] = {}, dv[kRows][kColumns / 8][4] = {};
+  const int first_key = first + warp * 16 * kRows, key = first_key + lane / 4;  // of the warp, and of this lane
+  const bool active = first_key < span.keys;
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // the tiles of this step are there, and nobody uses those of the one before any more
     if (step + 1 < steps) fetch_step(step + 1);
-    if (!active) continue;
     const int h = hk * group + step / steps_of_head, query = range.begin + step % steps_of_head * kStream;
+    const int last_key = first_key + 16 * kRows - 1;
     const ScoreRules<T, kGeneral> rules(in, span, b, h);
-    float s[kTiles][4] = {}, slope[kGeneral ? kTiles : 1][4];
-    Products<T>::template scores<kDim>(s, k_tile, warp * 16, tile_of(step, 0), 0);
-    const int first_key = first + warp * 16;
-    const bool whole = rules.sees_all(query, query + kStream - 1, first_key, first_key + 15);
-    rules.template scores<true, kGeneral>(s, slope, key, query + lane % 4 * 2, whole);
+    if (!active || rules.sees_none(query, query + kStream - 1, first_key, last_key)) continue;
+    float s[kRows][kTiles][4] = {}, slope[kRows][kGeneral ? kTiles : 1][4];
+    Products<T>::template scores<kDim>(s, k_tile, warp * 16 * kRows, tile_of(step, 0), 0);
+    const bool whole = rules.sees_all(query, query + kStream - 1, first_key, last_key);
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      rules.template scores<true, kGeneral>(s[m], slope[m], key + m * 16, query + lane % 4 * 2, whole);
+    }
 
     // Weights, and what dropout leaves of them.
-    float kept[kGeneral ? kTiles : 1][4];
+    float kept[kRows][kGeneral ? kTiles : 1][4];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         const int at = n * 8 + lane % 4 * 2 + side;
         const auto base = rules.base(stats_of(step, 0)[at], stats_of(step, 1)[at]);
+        RowKeys keys{};
+        if (kGeneral && dropout.drops()) keys = dropout.keys(span.first_stat(in, b, h) + query + at);
 #pragma unroll
-        for (int e = side; e < 4; e += 2) s[n][e] = rules.weight(s[n][e], base);
-        if constexpr (kGeneral) {
-          RowKeys keys{};
-          if (dropout.drops()) keys = dropout.keys(span.first_stat(in, b, h) + query + at);
+        for (int m = 0; m < kRows; ++m) {
 #pragma unroll
           for (int e = side; e < 4; e += 2) {
-            const bool keeps = !dropout.drops() || dropout.keeps(keys, key + e / 2 * 8);
-            kept[n][e] = keeps ? s[n][e] * dropout.inverse() : 0.0f;
-            slope[n][e] *= s[n][e];  // what multiplies delta
+            s[m][n][e] = rules.weight(s[m][n][e], base);
+            if constexpr (kGeneral) {
+              const bool keeps = !dropout.drops() || dropout.keeps(keys, key + m * 16 + e / 2 * 8);
+              kept[m][n][e] = keeps ? s[m][n][e] * dropout.inverse() : 0.0f;
+              slope[m][n][e] *= s[m][n][e];  // what multiplies delta
+            }
           }
         }
       }
@@ -115,19 +121,22 @@ __global__ void __launch_bounds__(BwdShape<T, kDim>::kThreads, kDim == 64 && !kG
     }
     if (p.dk == nullptr) continue;
 
-    float dp[kTiles][4] = {};
-    Products<T>::template scores<kDim>(dp, v_tile, warp * 16, tile_of(step, 1), 0);
+    float dp[kRows][kTiles][4] = {};
+    Products<T>::template scores<kDim>(dp, v_tile, warp * 16 * kRows, tile_of(step, 1), 0);
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int m = 0; m < kRows; ++m) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float delta = stats_of(step, 2)[n * 8 + lane % 4 * 2 + e % 2];
-        if constexpr (kGeneral) {
-          // The derivative of the score times dp is what was kept of the weight, times dp.
-          const float factor = kept[n][e] == 0.0f ? 0.0f : dropout.inverse();
-          s[n][e] = slope[n][e] * (dp[n][e] * factor - delta);
-        } else {
-          s[n][e] *= dp[n][e] - delta;
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float delta = stats_of(step, 2)[n * 8 + lane % 4 * 2 + e % 2];
+          if constexpr (kGeneral) {
+            // The derivative of the score times dp is what was kept of the weight, times dp.
+            const float factor = kept[m][n][e] == 0.0f ? 0.0f : dropout.inverse();
+            s[m][n][e] = slope[m][n][e] * (dp[m][n][e] * factor - delta);
+          } else {
+            s[m][n][e] *= dp[m][n][e] - delta;
+          }
         }
       }
     }
@@ -136,16 +145,19 @@ __global__ void __launch_bounds__(BwdShape<T, kDim>::kThreads, kDim == 64 && !kG
   if (!active) return;
 
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = key + half * 8;
-    if (row >= span.keys) continue;
-    if (p.dk != nullptr) {
-      T* target = span.keys_of(static_cast<T*>(p.dk), p.dk_strides, b, hk) + row * p.dk_strides.row;
-      store_row<T>(target, dk, half, column, D, in.scale, !kGeneral || args.wide_out);
-    }
-    if (p.dv != nullptr) {
-      T* target = span.keys_of(static_cast<T*>(p.dv), p.dv_strides, b, hk) + row * p.dv_strides.row;
-      store_row<T>(target, dv, half, column, Dv, 1.0f, !kGeneral || args.wide_out);
+  for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = key + m * 16 + half * 8;
+      if (row >= span.keys) continue;
+      if (p.dk != nullptr) {
+        T* target = span.keys_of(static_cast<T*>(p.dk), p.dk_strides, b, hk) + row * p.dk_strides.row;
+        store_row<T>(target, dk[m], half, column, D, in.scale, !kGeneral || args.wide_out);
+      }
+      if (p.dv != nullptr) {
+        T* target = span.keys_of(static_cast<T*>(p.dv), p.dv_strides, b, hk) + row * p.dv_strides.row;
+        store_row<T>(target, dv[m], half, column, Dv, 1.0f, !kGeneral || args.wide_out);
+      }
     }
   }
 }
@@ -158,10 +170,10 @@ struct Dkv {
 }  // namespace
 
 const char* attention_bwd_dkv(const AttentionBwdParams& params, const AttentionPlan& plan, void* stream) {
-  const AttentionTile tile = attention_bwd_tile(plan.row_bytes);
+  const AttentionTile tile = attention_bwd_tile(plan.row_bytes, plan.general);
   const BwdArgs args{params, static_cast<int>(ceil_div(params.in.T, tile.own)), plan.wide, plan.wide_out};
   const Launch launched =
-      attention_launch(attention_dkv_blocks(params.in, plan), tile.threads(), attention_dkv_shared(plan.row_bytes));
+      attention_launch(attention_dkv_blocks(params.in, plan), tile.threads(), attention_dkv_shared(plan.row_bytes, plan.general));
   return launch(choose_attention<Dkv>(params.in.dtype, plan), args, launched, stream);
 }
 

@@ -16,9 +16,9 @@ struct MaskArgs {
 };
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(BwdShape<T, kDim>::kThreads, 1)
+__global__ void __launch_bounds__(BwdShape<T, kDim, true>::kThreads, 1)
     attention_bwd_dmask_kernel(const __grid_constant__ MaskArgs args) {
-  using Shape = BwdShape<T, kDim>;
+  using Shape = BwdShape<T, kDim, true>;
   constexpr int kOwn = Shape::kOwn, kStream = Shape::kStream, kThreads = Shape::kThreads, kTiles = kStream / 8;
   extern __shared__ __align__(1024) unsigned char shared[];
   const AttentionBwdParams& p = args.p;
@@ -71,9 +71,9 @@ __global__ void __launch_bounds__(BwdShape<T, kDim>::kThreads, 1)
           ptx::cp_async_commit();
           ptx::cp_async_wait<0>();
           __syncthreads();
-          float s[kTiles][4] = {}, dp[kTiles][4] = {}, unused[1][4];
+          float s[1][kTiles][4] = {}, dp[1][kTiles][4] = {}, unused[1][4];
           Products<T>::template scores<kDim>(s, q_tile, warp * 16, k_tile, 0);
-          rules.template scores<false, false>(s, unused, row, key + lane % 4 * 2, false);
+          rules.template scores<false, false>(s[0], unused, row, key + lane % 4 * 2, false);
           Products<T>::template scores<kDim>(dp, dout_tile, warp * 16, v_tile, 0);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(BwdShape<T, kDim>::kThreads, 1)
 #pragma unroll
               for (int e = 2 * half; e < 2 * half + 2; ++e) {
                 const bool kept = !dropout.drops() || dropout.keeps(keys, key + n * 8 + lane % 4 * 2 + e % 2);
-                const float dweight = kept ? dp[n][e] * dropout.inverse() : 0.0f;
-                sum[n][e] += rules.weight(s[n][e], base) * (dweight - delta);
+                const float dweight = kept ? dp[0][n][e] * dropout.inverse() : 0.0f;
+                sum[n][e] += rules.weight(s[0][n][e], base) * (dweight - delta);
               }
             }
           }
@@ -148,7 +148,7 @@ struct Dmask {
 }  // namespace
 
 const char* attention_bwd_dmask(const AttentionBwdParams& params, const AttentionPlan& plan, void* stream) {
-  const AttentionTile tile = attention_bwd_tile(plan.row_bytes);
+  const AttentionTile tile = attention_bwd_tile(plan.row_bytes, true);
   const MaskArgs args{params, static_cast<int>(ceil_div(params.dmask_sizes[2], tile.own)),
                       static_cast<int>(ceil_div(params.dmask_sizes[3], tile.stream)), plan.wide};
   const Launch launched =

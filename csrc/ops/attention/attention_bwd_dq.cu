@@ -16,10 +16,11 @@ struct BwdArgs {
 };
 
 template <class T, int kDim, bool kGeneral>
-__global__ void __launch_bounds__(BwdShape<T, kDim>::kThreads, kDim == 64 && !kGeneral ? 3 : 1)
+__global__ void __launch_bounds__(BwdShape<T, kDim, kGeneral>::kThreads, 1)
     attention_bwd_dq_kernel(const __grid_constant__ BwdArgs args) {
-  using Shape = BwdShape<T, kDim>;
-  constexpr int kOwn = Shape::kOwn, kStream = Shape::kStream, kThreads = Shape::kThreads, kTiles = kStream / 8;
+  using Shape = BwdShape<T, kDim, kGeneral>;
+  constexpr int kOwn = Shape::kOwn, kStream = Shape::kStream, kThreads = Shape::kThreads;
+  constexpr int kRows = Shape::kRows, kTiles = kStream / 8;
   extern __shared__ __align__(1024) unsigned char shared[];
   const AttentionBwdParams& p = args.p;
   const AttentionInputs& in = p.in;
@@ -56,47 +57,53 @@ __global__ void __launch_bounds__(BwdShape<T, kDim>::kThreads, kDim == 64 && !kG
     fetch<T, kDim, kOwn, kThreads, kGeneral>(dout_tile, dout, first, span.rows, Dv, args.wide);
     fetch_step(0);
   }
-  const int row = first + warp * 16 + lane / 4;  // of this lane, and the one 8 below
+  const int first_row = first + warp * 16 * kRows, row = first_row + lane / 4;  // of the warp, and of this lane
   const int64_t stat = span.first_stat(in, b, h);
   const Dropout dropout(in);
-  RowKeys keys[2] = {};
-  typename ScoreRules<T, kGeneral>::Base base[2];
-  float delta[2];
+  RowKeys keys[kRows][2] = {};
+  typename ScoreRules<T, kGeneral>::Base base[kRows][2];
+  float delta[kRows][2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t query = stat + row + half * 8;
-    const bool inside = row + half * 8 < span.rows;
-    base[half] = rules.base(inside ? p.row_max[query] : 0.0f, inside ? p.log_sum[query] : 0.0f);
-    delta[half] = inside ? p.delta[query] : 0.0f;
-    if (kGeneral && dropout.drops()) keys[half] = dropout.keys(query);
+  for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = row + m * 16 + half * 8;
+      const bool inside = at < span.rows;
+      base[m][half] = rules.base(inside ? p.row_max[stat + at] : 0.0f, inside ? p.log_sum[stat + at] : 0.0f);
+      delta[m][half] = inside ? p.delta[stat + at] : 0.0f;
+      if (kGeneral && dropout.drops()) keys[m][half] = dropout.keys(stat + at);
+    }
   }
 
-  float dq[kDim / 8][4] = {};
-  const bool active = first + warp * 16 < span.rows;
+  float dq[kRows][kDim / 8][4] = {};
+  const bool active = first_row < span.rows;
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // the tiles of this step are there, and nobody uses those of the one before any more
     if (step + 1 < steps) fetch_step(step + 1);
-    if (!active) continue;
-    const int key = range.begin + step * kStream, first_row = first + warp * 16;
-    float s[kTiles][4] = {}, dp[kTiles][4] = {}, slope[kGeneral ? kTiles : 1][4];
-    Products<T>::template scores<kDim>(s, q_tile, warp * 16, tile_of(step, 0), 0);
-    const bool whole = rules.sees_all(first_row, first_row + 15, key, key + kStream - 1);
-    rules.template scores<false, kGeneral>(s, slope, row, key + lane % 4 * 2, whole);
-    Products<T>::template scores<kDim>(dp, dout_tile, warp * 16, tile_of(step, 1), 0);
+    const int key = range.begin + step * kStream, last_row = first_row + 16 * kRows - 1;
+    if (!active || rules.sees_none(first_row, last_row, key, key + kStream - 1)) continue;
+    float s[kRows][kTiles][4] = {}, dp[kRows][kTiles][4] = {}, slope[kRows][kGeneral ? kTiles : 1][4];
+    Products<T>::template scores<kDim>(s, q_tile, warp * 16 * kRows, tile_of(step, 0), 0);
+    const bool whole = rules.sees_all(first_row, last_row, key, key + kStream - 1);
+    Products<T>::template scores<kDim>(dp, dout_tile, warp * 16 * kRows, tile_of(step, 1), 0);
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int m = 0; m < kRows; ++m) {
+      rules.template scores<false, kGeneral>(s[m], slope[m], row + m * 16, key + lane % 4 * 2, whole);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float dweight = dp[n][e];
-        if constexpr (kGeneral) {
-          if (dropout.drops()) {
-            const bool kept = dropout.keeps(keys[e / 2], key + n * 8 + lane % 4 * 2 + e % 2);
-            dweight = kept ? dweight * dropout.inverse() : 0.0f;
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float dweight = dp[m][n][e];
+          if constexpr (kGeneral) {
+            if (dropout.drops()) {
+              const bool kept = dropout.keeps(keys[m][e / 2], key + n * 8 + lane % 4 * 2 + e % 2);
+              dweight = kept ? dweight * dropout.inverse() : 0.0f;
+            }
           }
+          s[m][n][e] = rules.weight(s[m][n][e], base[m][e / 2]) * (dweight - delta[m][e / 2]);
+          if constexpr (kGeneral) s[m][n][e] *= slope[m][n][e];
         }
-        s[n][e] = rules.weight(s[n][e], base[e / 2]) * (dweight - delta[e / 2]);
-        if constexpr (kGeneral) s[n][e] *= slope[n][e];
       }
     }
     Products<T>::template weighted<kDim>(dq, s, tile_of(step, 0), 0, 0);
@@ -104,11 +111,14 @@ __global__ void __launch_bounds__(BwdShape<T, kDim>::kThreads, kDim == 64 && !kG
   if (!active) return;
 
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int query = row + half * 8;
-    if (query >= span.rows) continue;
-    T* target = span.queries(static_cast<T*>(p.dq), p.dq_strides, b, h) + query * p.dq_strides.row;
-    store_row<T>(target, dq, half, 0, D, in.scale, !kGeneral || args.wide_out);
+  for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int query = row + m * 16 + half * 8;
+      if (query >= span.rows) continue;
+      T* target = span.queries(static_cast<T*>(p.dq), p.dq_strides, b, h) + query * p.dq_strides.row;
+      store_row<T>(target, dq[m], half, 0, D, in.scale, !kGeneral || args.wide_out);
+    }
   }
 }
 
@@ -120,10 +130,10 @@ struct Dq {
 }  // namespace
 
 const char* attention_bwd_dq(const AttentionBwdParams& params, const AttentionPlan& plan, void* stream) {
-  const AttentionTile tile = attention_bwd_tile(plan.row_bytes);
+  const AttentionTile tile = attention_bwd_tile(plan.row_bytes, plan.general);
   const BwdArgs args{params, static_cast<int>(ceil_div(params.in.S, tile.own)), plan.wide, plan.wide_out};
   const Launch launched =
-      attention_launch(attention_dq_blocks(params.in, plan), tile.threads(), attention_dq_shared(plan.row_bytes));
+      attention_launch(attention_dq_blocks(params.in, plan), tile.threads(), attention_dq_shared(plan.row_bytes, plan.general));
   return launch(choose_attention<Dq>(params.in.dtype, plan), args, launched, stream);
 }
 

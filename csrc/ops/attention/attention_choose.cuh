@@ -1,10 +1,10 @@
 // From the facts of a plan to the instance of a kernel.
 #pragma once
 
-#include "ops/attention/attention_plan.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include "ops/attention/attention_plan.h"
 
 namespace llmkernels::cuda {
 namespace {

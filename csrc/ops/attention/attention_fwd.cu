@@ -17,10 +17,10 @@ struct FwdArgs {
 };
 
 template <class T, int kDim, bool kGeneral>
-__global__ void __launch_bounds__(FwdShape<T, kDim>::kThreads, 1)
+__global__ void __launch_bounds__(FwdShape<T, kDim, kGeneral>::kThreads, 1)
     attention_fwd_kernel(const __grid_constant__ FwdArgs args) {
-  using Shape = FwdShape<T, kDim>;
-  constexpr int kOwn = Shape::kOwn, kStream = Shape::kStream, kThreads = Shape::kThreads;
+  using Shape = FwdShape<T, kDim, kGeneral>;
+  constexpr int kOwn = Shape::kOwn, kStream = Shape::kStream, kRows = Shape::kRows, kThreads = Shape::kThreads;
   extern __shared__ __align__(1024) unsigned char shared[];
   const AttentionFwdParams& p = args.p;
   const AttentionInputs& in = p.in;
@@ -49,13 +49,16 @@ __global__ void __launch_bounds__(FwdShape<T, kDim>::kThreads, 1)
     ptx::cp_async_commit();
   };
 
-  Softmax<kDim / 8> state;
-  const int row = first + warp * 16 + lane / 4;  // of this lane, and the one 8 below
+  Softmax<kRows, kDim / 8> state;
+  const int first_row = first + warp * 16 * kRows, row = first_row + lane / 4;  // of the warp, and of this lane
   const int64_t stat = span.first_stat(in, b, h);
   const Dropout dropout(in);
   RowKeys keys[2] = {};
+  if (in.sinks != nullptr) {
+    const float sink = kGeneral ? in.sinks[h] : in.sinks[h] / in.scale;  // in the unit of the scores
+    state.start(0, sink), state.start(1, sink);
+  }
   if constexpr (kGeneral) {
-    if (in.sinks != nullptr) state.start(in.sinks[h], in.sinks[h]);
     if (dropout.drops()) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) keys[half] = dropout.keys(stat + row + half * 8);
@@ -66,25 +69,29 @@ __global__ void __launch_bounds__(FwdShape<T, kDim>::kThreads, 1)
     fetch<T, kDim, kOwn, kThreads, kGeneral>(shared, q, first, span.rows, D, args.wide);
     fetch_step(0);
   }
-  const bool active = first + warp * 16 < span.rows;
+  const bool active = first_row < span.rows;
   for (int step = 0; step < steps; ++step) {
     ptx::cp_async_wait<0>();
     __syncthreads();  // the tiles of this step are there, and nobody uses those of the one before any more
     if (step + 1 < steps) fetch_step(step + 1);
-    if (!active) continue;
-    const int key = range.begin + step * kStream, first_row = first + warp * 16;
-    float s[kStream / 8][4] = {}, unused[1][4];
-    Products<T>::template scores<kDim>(s, shared, warp * 16, tile_of(step, 0), 0);
-    const bool whole = rules.sees_all(first_row, first_row + 15, key, key + kStream - 1);
-    rules.template scores<false, false>(s, unused, row, key + lane % 4 * 2, whole);
+    const int key = range.begin + step * kStream, last_row = first_row + 16 * kRows - 1;
+    if (!active || rules.sees_none(first_row, last_row, key, key + kStream - 1)) continue;
+    float s[kRows][kStream / 8][4] = {}, unused[1][4];
+    Products<T>::template scores<kDim>(s, shared, warp * 16 * kRows, tile_of(step, 0), 0);
+    const bool whole = rules.sees_all(first_row, last_row, key, key + kStream - 1);
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      rules.template scores<false, false>(s[m], unused, row + m * 16, key + lane % 4 * 2, whole);
+    }
     state.update(s, rules);
     if constexpr (kGeneral) {
+      static_assert(kRows == 1);
       if (dropout.drops()) {
 #pragma unroll
         for (int n = 0; n < kStream / 8; ++n) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            if (!dropout.keeps(keys[e / 2], key + n * 8 + lane % 4 * 2 + e % 2)) s[n][e] = 0.0f;
+            if (!dropout.keeps(keys[e / 2], key + n * 8 + lane % 4 * 2 + e % 2)) s[0][n][e] = 0.0f;
           }
         }
       }
@@ -94,16 +101,19 @@ __global__ void __launch_bounds__(FwdShape<T, kDim>::kThreads, 1)
   if (!active) return;
 
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int query = row + half * 8;
-    const float sum = quad_sum(state.total[half]);
-    if (query >= span.rows) continue;
-    const float factor = sum == 0.0f ? 0.0f : dropout.inverse() / sum;
-    T* out = span.queries(static_cast<T*>(p.out), p.out_strides, b, h) + query * p.out_strides.row;
-    store_row<T>(out, state.out, half, 0, Dv, factor, !kGeneral || args.wide_out);
-    if (lane % 4 == 0) {
-      p.row_max[stat + query] = rules.natural(state.most[half]);
-      p.log_sum[stat + query] = sum == 0.0f ? 0.0f : logf(sum);
+  for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int query = row + m * 16 + half * 8;
+      const float sum = quad_sum(state.total[m][half]);
+      if (query >= span.rows) continue;
+      const float factor = sum == 0.0f ? 0.0f : dropout.inverse() / sum;
+      T* out = span.queries(static_cast<T*>(p.out), p.out_strides, b, h) + query * p.out_strides.row;
+      store_row<T>(out, state.out[m], half, 0, Dv, factor, !kGeneral || args.wide_out);
+      if (lane % 4 == 0) {
+        p.row_max[stat + query] = rules.natural(state.most[m][half]);
+        p.log_sum[stat + query] = sum == 0.0f ? 0.0f : logf(sum);
+      }
     }
   }
 }
@@ -116,10 +126,10 @@ struct Forward {
 }  // namespace
 
 const char* attention_fwd(const AttentionFwdParams& params, const AttentionPlan& plan, void* stream) {
-  const AttentionTile tile = attention_fwd_tile(plan.row_bytes);
+  const AttentionTile tile = attention_fwd_tile(plan.row_bytes, plan.general);
   const FwdArgs args{params, static_cast<int>(ceil_div(params.in.S, tile.own)), plan.wide, plan.wide_out};
   const Launch launched =
-      attention_launch(attention_fwd_blocks(params.in, plan), tile.threads(), attention_fwd_shared(plan.row_bytes));
+      attention_launch(attention_fwd_blocks(params.in, plan), tile.threads(), attention_fwd_shared(plan.row_bytes, plan.general));
   return launch(choose_attention<Forward>(params.in.dtype, plan), args, launched, stream);
 }
 

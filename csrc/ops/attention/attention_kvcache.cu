@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(CacheShape<T, kDim>::kThreads, 1)
     ptx::cp_async_commit();
   };
 
-  Softmax<kDim / 8> state;
+  Softmax<1, kDim / 8> state;
   int query[2];
   float slopes[2] = {}, sinks[2] = {-INFINITY, -INFINITY};
 #pragma unroll
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(CacheShape<T, kDim>::kThreads, 1)
     if (in.alibi_slopes != nullptr) slopes[half] = in.alibi_slopes[b * in.slope_batch_stride + h];
     if (in.sinks != nullptr) sinks[half] = in.sinks[h];
   }
-  if (split == 0 && warp == 0) state.start(sinks[0], sinks[1]);
+  if (split == 0 && warp == 0) state.start(0, sinks[0]), state.start(1, sinks[1]);
 
   if (steps > 0) {
     fetch<T, kDim, kCacheRows, kThreads, true>(shared, q, first, rows, D, args.wide);
@@ -86,14 +86,14 @@ __global__ void __launch_bounds__(CacheShape<T, kDim>::kThreads, 1)
     __syncthreads();  // the tiles of this step are there, and nobody uses those of the one before any more
     if (step + 1 < steps) fetch_step(step + 1);
     const int key = all.begin + (first_step + step) * kStream + warp * kSlice + lane % 4 * 2;
-    float s[kTiles][4] = {};
+    float s[1][kTiles][4] = {};
     Products<T>::template scores<kDim>(s, shared, 0, tile_of(step, 0), warp * kSlice);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float unused;
-        s[n][e] = rules.score(s[n][e], query[e / 2], key + n * 8 + e % 2, slopes[e / 2], unused);
+        s[0][n][e] = rules.score(s[0][n][e], query[e / 2], key + n * 8 + e % 2, slopes[e / 2], unused);
       }
     }
     state.update(s, rules);
@@ -106,12 +106,12 @@ __global__ void __launch_bounds__(CacheShape<T, kDim>::kThreads, 1)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = lane / 4 + half * 8;
-    const float sum = quad_sum(state.total[half]);
-    if (lane % 4 == 0) most_of[warp][row] = state.most[half], total_of[warp][row] = sum;
+    const float sum = quad_sum(state.total[0][half]);
+    if (lane % 4 == 0) most_of[warp][row] = state.most[0][half], total_of[warp][row] = sum;
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
       float* const target = out_of + (warp * kCacheRows + row) * kDim + Products<T>::column(n);
-      *reinterpret_cast<float2*>(target) = make_float2(state.out[n][2 * half], state.out[n][2 * half + 1]);
+      *reinterpret_cast<float2*>(target) = make_float2(state.out[0][n][2 * half], state.out[0][n][2 * half + 1]);
     }
   }
   __syncthreads();

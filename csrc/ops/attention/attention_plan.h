@@ -13,19 +13,27 @@ constexpr int64_t kAttentionMostRows = int64_t{1} << 28;  // so that positions a
 constexpr int kAttentionOpen = 1 << 30;                   // a window entry that ends nothing
 
 // Rows of a block's tiles: `own` stay in shared memory (queries, or the keys whose gradients are summed), `stream` come
-// by in each step, 16 or fewer for each warp at a time. All that a block keeps fits into the 99 KB of sm_86 and sm_89.
+// by in each step. A warp has 16 of the own rows, `row_tiles` times. All that a block keeps fits into the 99 KB of sm_86
+// and sm_89; of the plain kernels two blocks fit into the 164 KB of sm_80.
 struct AttentionTile {
-  int own, stream;
-  constexpr int threads() const { return own / 16 * 32; }
+  int own, stream, row_tiles;
+  constexpr int threads() const { return own / (16 * row_tiles) * 32; }
 };
 
-// By the bytes of a row. Forward: one own tile, and twice two of the stream.
-constexpr AttentionTile attention_fwd_tile(int row_bytes) {
-  return row_bytes <= 256 ? AttentionTile{64, 64} : row_bytes <= 512 ? AttentionTile{64, 32} : AttentionTile{32, 16};
+// By the bytes of a row. Forward: one own tile, and twice two of the stream. The plain kernels read every key once for 32
+// queries: with 16 shared memory, not the tensor cores, would be the limit.
+constexpr AttentionTile attention_fwd_tile(int row_bytes, bool general) {
+  if (!general) return row_bytes <= 128 ? AttentionTile{128, 64, 2} : AttentionTile{128, 32, 2};
+  return row_bytes <= 256   ? AttentionTile{64, 64, 1}
+         : row_bytes <= 512 ? AttentionTile{64, 32, 1}
+                            : AttentionTile{32, 16, 1};
 }
 // Backward: two own tiles, twice two of the stream.
-constexpr AttentionTile attention_bwd_tile(int row_bytes) {
-  return row_bytes <= 256 ? AttentionTile{64, 32} : row_bytes <= 512 ? AttentionTile{64, 16} : AttentionTile{32, 8};
+constexpr AttentionTile attention_bwd_tile(int row_bytes, bool general) {
+  if (!general) return row_bytes <= 128 ? AttentionTile{128, 32, 2} : AttentionTile{64, 32, 1};
+  return row_bytes <= 256   ? AttentionTile{64, 32, 1}
+         : row_bytes <= 512 ? AttentionTile{64, 16, 1}
+                            : AttentionTile{32, 8, 1};
 }
 
 // Decoding: 16 rows, and in each step `stream` keys, an equal slice for each warp.
@@ -46,32 +54,31 @@ constexpr int kAttentionSmallThreads = 128;  // of the kernels that walk over ro
 
 // What every kernel of a call is told.
 struct AttentionPlan {
-  bool general;  // whether the variant with every option runs; the plain one has causal masks and windows only
-  bool wide;     // rows of all inputs are whole vectors of 16 bytes
-  bool wide_out; // rows of all outputs are
-  int dim;       // columns of a tile: 64, 128 or 256
+  bool general;   // the variant with every option; the plain one has causal masks, windows, lengths and sinks only
+  bool wide;      // rows of all inputs are whole vectors of 16 bytes
+  bool wide_out;  // rows of all outputs are
+  int dim;        // columns of a tile: 64, 128 or 256
   int row_bytes;
 };
+
+inline bool attention_rows_are_wide(const void* pointer, const AttentionStrides& s, int64_t dim, DType dtype) {
+  return pointer == nullptr || (aligned(pointer, 16) && (s.batch | s.head | s.row | dim) * element_bytes(dtype) % 16 == 0);
+}
 
 inline AttentionPlan plan_attention(const AttentionInputs& in, bool wide_out) {
   AttentionPlan plan{};
   const int64_t bytes = element_bytes(in.dtype), most = std::max(in.D, in.Dv);
-  const auto wide = [&](const void* pointer, const AttentionStrides& s, int64_t dim) {
-    return aligned(pointer, 16) && (s.batch | s.head | s.row | dim) * bytes % 16 == 0;
-  };
   plan.dim = most <= 64 ? 64 : most <= 128 ? 128 : 256;
   plan.row_bytes = plan.dim * static_cast<int>(bytes);
-  plan.wide = wide(in.q, in.q_strides, in.D) && wide(in.k, in.k_strides, in.D) && wide(in.v, in.v_strides, in.Dv);
+  plan.wide = attention_rows_are_wide(in.q, in.q_strides, in.D, in.dtype) &&
+              attention_rows_are_wide(in.k, in.k_strides, in.D, in.dtype) &&
+              attention_rows_are_wide(in.v, in.v_strides, in.Dv, in.dtype);
   plan.wide_out = wide_out;
   // The plain kernels exist for 16-bit types and the usual head dimensions; their maxima are those of unscaled scores.
   plan.general = bytes != 2 || plan.dim > 128 || !plan.wide || !wide_out || !(in.scale > 0.0f) || in.softcap > 0.0f ||
-                 in.mask_kind != MaskKind::kNone || in.alibi_slopes != nullptr || in.sinks != nullptr ||
-                 in.seed != nullptr || in.seqlens_k != nullptr || in.block_table != nullptr;
+                 in.mask_kind != MaskKind::kNone || in.alibi_slopes != nullptr || in.seed != nullptr ||
+                 in.block_table != nullptr;
   return plan;
-}
-
-inline bool attention_rows_are_wide(const void* pointer, const AttentionStrides& s, int64_t dim, DType dtype) {
-  return pointer == nullptr || (aligned(pointer, 16) && (s.batch | s.head | s.row | dim) * element_bytes(dtype) % 16 == 0);
 }
 
 inline AttentionPlan plan_attention_fwd(const AttentionFwdParams& p) {
@@ -98,35 +105,35 @@ inline Launch attention_launch(int64_t blocks, int threads, int shared) {
 
 // Blocks of each kernel; those of a head stand side by side, so that they find its keys in the L2 cache.
 inline int64_t attention_fwd_blocks(const AttentionInputs& in, const AttentionPlan& plan) {
-  return in.B * in.H * ceil_div(in.S, attention_fwd_tile(plan.row_bytes).own);
+  return in.B * in.H * ceil_div(in.S, attention_fwd_tile(plan.row_bytes, plan.general).own);
 }
 inline int64_t attention_dq_blocks(const AttentionInputs& in, const AttentionPlan& plan) {
-  return in.B * in.H * ceil_div(in.S, attention_bwd_tile(plan.row_bytes).own);
+  return in.B * in.H * ceil_div(in.S, attention_bwd_tile(plan.row_bytes, plan.general).own);
 }
 inline int64_t attention_dkv_blocks(const AttentionInputs& in, const AttentionPlan& plan) {
-  return in.B * in.Hk * ceil_div(in.T, attention_bwd_tile(plan.row_bytes).own) * (plan.dim / attention_columns(plan.dim));
+  return in.B * in.Hk * ceil_div(in.T, attention_bwd_tile(plan.row_bytes, plan.general).own) * (plan.dim / attention_columns(plan.dim));
 }
 inline int64_t attention_dmask_blocks(const AttentionBwdParams& p, const AttentionPlan& plan) {
-  const AttentionTile tile = attention_bwd_tile(plan.row_bytes);
-  const int64_t *sizes = p.dmask_sizes;
+  const AttentionTile tile = attention_bwd_tile(plan.row_bytes, true);
+  const int64_t* const sizes = p.dmask_sizes;
   return sizes[0] * sizes[1] * ceil_div(sizes[2], tile.own) * ceil_div(sizes[3], tile.stream);
 }
 
-constexpr int attention_fwd_shared(int row_bytes) {
-  const AttentionTile tile = attention_fwd_tile(row_bytes);
+constexpr int attention_fwd_shared(int row_bytes, bool general) {
+  const AttentionTile tile = attention_fwd_tile(row_bytes, general);
   return (tile.own + 4 * tile.stream) * row_bytes;
 }
-constexpr int attention_dq_shared(int row_bytes) {
-  const AttentionTile tile = attention_bwd_tile(row_bytes);
+constexpr int attention_dq_shared(int row_bytes, bool general) {
+  const AttentionTile tile = attention_bwd_tile(row_bytes, general);
   return (2 * tile.own + 4 * tile.stream) * row_bytes;
 }
 // Also row_max, log_sum and delta of two steps.
-constexpr int attention_dkv_shared(int row_bytes) {
-  return attention_dq_shared(row_bytes) + 2 * 3 * attention_bwd_tile(row_bytes).stream * 4;
+constexpr int attention_dkv_shared(int row_bytes, bool general) {
+  return attention_dq_shared(row_bytes, general) + 2 * 3 * attention_bwd_tile(row_bytes, general).stream * 4;
 }
 // One step at a time.
 constexpr int attention_dmask_shared(int row_bytes) {
-  const AttentionTile tile = attention_bwd_tile(row_bytes);
+  const AttentionTile tile = attention_bwd_tile(row_bytes, true);
   return 2 * (tile.own + tile.stream) * row_bytes;
 }
 constexpr int attention_cache_shared(int row_bytes) {
@@ -139,10 +146,10 @@ struct AttentionCachePlan {
   int64_t row_tiles, splits;
 };
 
-constexpr int64_t kDecodeRows = 64;      // four tiles read the cache, three of them from L2
-constexpr int64_t kKeysOfSplit = 256;    // fewer are not worth the merge
+constexpr int64_t kDecodeRows = 64;    // four tiles read the cache, three of them from L2
+constexpr int64_t kKeysOfSplit = 256;  // fewer are not worth the merge
 constexpr int64_t kMostSplits = 128;
-constexpr int kDecodeBlocksOfSm = 2;     // by shared memory
+constexpr int kDecodeBlocksOfSm = 2;  // by shared memory
 
 inline AttentionCachePlan plan_attention_cache(const AttentionInputs& in, const AttentionPlan& plan, const Gpu& gpu) {
   AttentionCachePlan cache{};
@@ -150,7 +157,7 @@ inline AttentionCachePlan plan_attention_cache(const AttentionInputs& in, const 
   cache.decode = rows <= kDecodeRows;
   cache.row_tiles = ceil_div(rows, kCacheRows);
   const int64_t blocks = in.B * in.Hk * cache.row_tiles, resident = int64_t{gpu.multiprocessors} * kDecodeBlocksOfSm;
-  const int64_t most = std::min(kMostSplits, ceil_div(in.T, std::max<int64_t>(kKeysOfSplit, 1)));
+  const int64_t most = std::min(kMostSplits, ceil_div(in.T, kKeysOfSplit));
   cache.splits = std::clamp<int64_t>(resident / std::max<int64_t>(blocks, 1), 1, std::max<int64_t>(most, 1));
   return cache;
 }

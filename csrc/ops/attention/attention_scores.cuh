@@ -104,6 +104,11 @@ class ScoreRules {
     return i_last < rows_ && j_last < keys_ && j >= i_last + shift_ - left_ && j_last <= i + shift_ + right_;
   }
 
+  // Whether none of queries i .. i_last sees any of keys j .. j_last.
+  __device__ bool sees_none(int i, int i_last, int j, int j_last) const {
+    return j_last < i + shift_ - left_ || j > i_last + shift_ + right_;
+  }
+
   // Products of a warp's 16 rows and 8 kTiles columns become scores. A lane's first row is `row` and its first column
   // `column`: query and key, or key and query where kTransposed. `slope`: the derivative of softcap, where kSlope.
   template <bool kTransposed, bool kSlope, int kTiles>

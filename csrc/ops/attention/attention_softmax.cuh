@@ -7,45 +7,56 @@
 namespace llmkernels::cuda {
 namespace {
 
-template <int kOut>
+template <int kRows, int kOut>
 struct Softmax {
-  float most[2] = {-INFINITY, -INFINITY};  // the same in the four lanes of a row
-  float total[2] = {0.0f, 0.0f};           // of this lane's columns
-  float out[kOut][4] = {};
+  float most[kRows][2];  // the same in the four lanes of a row
+  float total[kRows][2] = {};  // of this lane's columns
+  float out[kRows][kOut][4] = {};
 
-  // With a score for each of the two rows that has no value: a sink.
-  __device__ void start(float upper, float lower) {
-    most[0] = upper, most[1] = lower;
+  __device__ Softmax() {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (threadIdx.x % 4 == 0 && most[half] != -INFINITY) total[half] = 1.0f;
+    for (int m = 0; m < kRows; ++m) most[m][0] = most[m][1] = -INFINITY;
+  }
+
+  // With a score that has no value, a sink, for a row of each 16: that of lane / 4, or the one 8 below.
+  __device__ void start(int half, float score) {
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      most[m][half] = score;
+      total[m][half] = threadIdx.x % 4 == 0 && score != -INFINITY ? 1.0f : 0.0f;
     }
   }
 
   // Scores become their weights, relative to the maximum so far; what was summed is made relative to it.
   template <int kTiles, class Rules>
-  __device__ void update(float (&s)[kTiles][4], const Rules& rules) {
+  __device__ void update(float (&s)[kRows][kTiles][4], const Rules& rules) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float next = most[half];
+    for (int m = 0; m < kRows; ++m) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) next = fmaxf(next, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-      next = quad_max(next);
-      const float base = finite_max(next), shrink = rules.power(most[half], base);
-      most[half] = next;
-      total[half] *= shrink;
+      for (int half = 0; half < 2; ++half) {
+        float next = most[m][half];
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+        for (int n = 0; n < kTiles; ++n) next = fmaxf(next, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+        next = quad_max(next);
+        const float base = finite_max(next);
 #pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          s[n][e] = rules.power(s[n][e], base);
-          total[half] += s[n][e];
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) s[m][n][e] = rules.power(s[m][n][e], base);
         }
-      }
+        const float shrink = rules.power(most[m][half], base);
+        most[m][half] = next;
+        // Maxima soon stay what they are. NaN is not equal to 1 either.
+        if (__any_sync(kWholeWarp, shrink != 1.0f)) {
+          total[m][half] *= shrink;
 #pragma unroll
-      for (int n = 0; n < kOut; ++n) {
-        out[n][2 * half] *= shrink;
-        out[n][2 * half + 1] *= shrink;
+          for (int n = 0; n < kOut; ++n) {
+            out[m][n][2 * half] *= shrink;
+            out[m][n][2 * half + 1] *= shrink;
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) total[m][half] += s[m][n][2 * half] + s[m][n][2 * half + 1];
       }
     }
   }

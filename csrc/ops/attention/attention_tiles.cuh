@@ -1,5 +1,5 @@
-// Tiles of rows in shared memory, and the two products that attention is made of. A warp has 16 rows; an accumulator is
-// laid out as that of mma.m16n8k16: with g = lane / 4 and t = lane % 4, elements 0 and 1 of tile n are row g and columns
+// Tiles of rows in shared memory, and the two products that attention is made of. A warp has 16
+// rows, or several times 16, which read the other factor once; an accumulator is laid out as that of mma.m16n8k16: with g = lane / 4 and t = lane % 4, elements 0 and 1 of tile n are row g and columns
 // 8 n + 2 t + {0, 1}, elements 2 and 3 the same of row g + 8.
 //
 // float has the same layout, multiplied by FMAs: tensor cores would round its factors to 10 bits.
@@ -15,17 +15,17 @@ namespace {
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // What the planner says of a row's bytes, as constants of a kernel.
-template <class T, int kDim>
+template <class T, int kDim, bool kGeneral>
 struct FwdShape {
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(T));
-  static constexpr int kOwn = attention_fwd_tile(kRowBytes).own, kStream = attention_fwd_tile(kRowBytes).stream;
-  static constexpr int kThreads = attention_fwd_tile(kRowBytes).threads();
+  static constexpr AttentionTile kTile = attention_fwd_tile(kRowBytes, kGeneral);
+  static constexpr int kOwn = kTile.own, kStream = kTile.stream, kRows = kTile.row_tiles, kThreads = kTile.threads();
 };
-template <class T, int kDim>
+template <class T, int kDim, bool kGeneral>
 struct BwdShape {
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(T));
-  static constexpr int kOwn = attention_bwd_tile(kRowBytes).own, kStream = attention_bwd_tile(kRowBytes).stream;
-  static constexpr int kThreads = attention_bwd_tile(kRowBytes).threads();
+  static constexpr AttentionTile kTile = attention_bwd_tile(kRowBytes, kGeneral);
+  static constexpr int kOwn = kTile.own, kStream = kTile.stream, kRows = kTile.row_tiles, kThreads = kTile.threads();
   static constexpr int kColumns = attention_columns(kDim);
 };
 template <class T, int kDim>
@@ -56,9 +56,11 @@ template <class T, int kDim, int kRows, int kThreads, bool kAnyAlignment, class 
 __device__ void fetch(unsigned char* tile, const Row& row_of, int first, int rows, int dim, bool wide) {
   constexpr int kPerChunk = kVectorBytes / static_cast<int>(sizeof(T)), kChunks = kDim / kPerChunk;
   static_assert(kRows * kChunks % kThreads == 0);
+  int thread = static_cast<int>(threadIdx.x);
+  asm volatile("" : "+r"(thread));  // or the compiler keeps offsets from step to step, in registers that others need
 #pragma unroll 4
   for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
-    const int index = static_cast<int>(threadIdx.x) + i * kThreads, row = index / kChunks, chunk = index % kChunks;
+    const int index = thread + i * kThreads, row = index / kChunks, chunk = index % kChunks;
     const int column = chunk * kPerChunk;
     const bool inside = first + row < rows && column < dim;
     const T* source = row_of(inside ? first + row : 0) + column;
@@ -87,53 +89,67 @@ struct Products {
     }
   }
 
-  // d += a b^T: 16 rows of tile a from `a_row` on, 8 kTiles rows of tile b from `b_row` on.
-  template <int kDim, int kTiles>
-  static __device__ void scores(float (&d)[kTiles][4], const unsigned char* a, int a_row, const unsigned char* b,
+  // d += a b^T: 16 kRows rows of tile a from `a_row` on, 8 kTiles rows of tile b from `b_row` on.
+  template <int kDim, int kRows, int kTiles>
+  static __device__ void scores(float (&d)[kRows][kTiles][4], const unsigned char* a, int a_row, const unsigned char* b,
                                 int b_row) {
     static_assert(kTiles % 2 == 0);
     constexpr int kChunks = kDim / 8;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    int lane = static_cast<int>(threadIdx.x) % 32;
+    if constexpr (kRows > 1) asm volatile("" : "+r"(lane));  // or it keeps all addresses in registers, and spills
     const uint32_t a_tile = ptx::shared_address(a), b_tile = ptx::shared_address(b);
     constexpr int kUnroll = kChunks > 16 ? 1 : kChunks > 8 ? 2 : 4;  // more addresses at once than there are registers
 #pragma unroll kUnroll
     for (int chunk = 0; chunk < kChunks; chunk += 2) {
-      uint32_t left[4];
-      ptx::ldmatrix_x4(left, a_tile + swizzled<kChunks>(a_row + lane % 16, chunk + lane / 16));
+      uint32_t left[kRows][4];
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        ptx::ldmatrix_x4(left[m], a_tile + swizzled<kChunks>(a_row + m * 16 + lane % 16, chunk + lane / 16));
+      }
 #pragma unroll
       for (int n = 0; n < kTiles; n += 2) {
         uint32_t right[4];
         ptx::ldmatrix_x4(right, b_tile + swizzled<kChunks>(b_row + n * 8 + lane / 16 * 8 + lane % 8, chunk + lane / 8 % 2));
         const uint32_t low[2] = {right[0], right[1]}, high[2] = {right[2], right[3]};
-        ptx::mma_m16n8k16<T>(d[n], left, low);
-        ptx::mma_m16n8k16<T>(d[n + 1], left, high);
+#pragma unroll
+        for (int m = 0; m < kRows; ++m) {
+          ptx::mma_m16n8k16<T>(d[m][n], left[m], low);
+          ptx::mma_m16n8k16<T>(d[m][n + 1], left[m], high);
+        }
       }
     }
   }
 
-  // d += p b: 16 rows of weights in the layout of an accumulator, rounded to T, times as many rows of tile b from `b_row`
-  // on, 8 kOut columns from `first_column` on.
-  template <int kDim, int kTiles, int kOut>
-  static __device__ void weighted(float (&d)[kOut][4], const float (&p)[kTiles][4], const unsigned char* b, int b_row,
-                                  int first_column) {
+  // d += p b: 16 kRows rows of weights in the layout of an accumulator, rounded to T, times 8 kTiles rows of tile b from
+  // `b_row` on, 8 kOut columns from `first_column` on.
+  template <int kDim, int kRows, int kTiles, int kOut>
+  static __device__ void weighted(float (&d)[kRows][kOut][4], const float (&p)[kRows][kTiles][4],
+                                  const unsigned char* b, int b_row, int first_column) {
     static_assert(kTiles % 2 == 0 && kOut % 2 == 0);
     constexpr int kChunks = kDim / 8;
     int lane = static_cast<int>(threadIdx.x) % 32;
-    if constexpr (kOut > 16) asm volatile("" : "+r"(lane));  // or it keeps all addresses in registers, and spills
+    if constexpr (kOut > 16 || kRows > 1) asm volatile("" : "+r"(lane));
     const uint32_t b_tile = ptx::shared_address(b);
 #pragma unroll
     for (int k = 0; k < kTiles; k += 2) {
       // An accumulator of 16 x 16 scores is laid out like the operand a of the next product.
-      const uint32_t left[4] = {pack(p[k][0], p[k][1]), pack(p[k][2], p[k][3]), pack(p[k + 1][0], p[k + 1][1]),
-                                pack(p[k + 1][2], p[k + 1][3])};
+      uint32_t left[kRows][4];
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) left[m][r] = pack(p[m][k + r / 2][r % 2 * 2], p[m][k + r / 2][r % 2 * 2 + 1]);
+      }
 #pragma unroll
       for (int n = 0; n < kOut; n += 2) {
         uint32_t right[4];
         ptx::ldmatrix_x4_trans(
             right, b_tile + swizzled<kChunks>(b_row + k * 8 + lane % 16, first_column / 8 + n + lane / 16));
         const uint32_t low[2] = {right[0], right[1]}, high[2] = {right[2], right[3]};
-        ptx::mma_m16n8k16<T>(d[n], left, low);
-        ptx::mma_m16n8k16<T>(d[n + 1], left, high);
+#pragma unroll
+        for (int m = 0; m < kRows; ++m) {
+          ptx::mma_m16n8k16<T>(d[m][n], left[m], low);
+          ptx::mma_m16n8k16<T>(d[m][n + 1], left[m], high);
+        }
       }
     }
   }
@@ -152,9 +168,11 @@ struct Products<float> {
     return *reinterpret_cast<const float4*>(tile + swizzled<kChunks>(row, chunk));
   }
 
-  template <int kDim, int kTiles>
-  static __device__ void scores(float (&d)[kTiles][4], const unsigned char* a, int a_row, const unsigned char* b,
+  template <int kDim, int kRows, int kTiles>
+  static __device__ void scores(float (&sums)[kRows][kTiles][4], const unsigned char* a, int a_row, const unsigned char* b,
                                 int b_row) {
+    static_assert(kRows == 1);
+    float(&d)[kTiles][4] = sums[0];
     constexpr int kChunks = kDim / 4;
     const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
 #pragma unroll 2
@@ -172,9 +190,12 @@ struct Products<float> {
     }
   }
 
-  template <int kDim, int kTiles, int kOut>
-  static __device__ void weighted(float (&d)[kOut][4], const float (&p)[kTiles][4], const unsigned char* b, int b_row,
-                                  int first_column) {
+  template <int kDim, int kRows, int kTiles, int kOut>
+  static __device__ void weighted(float (&sums)[kRows][kOut][4], const float (&weights)[kRows][kTiles][4],
+                                  const unsigned char* b, int b_row, int first_column) {
+    static_assert(kRows == 1);
+    float(&d)[kOut][4] = sums[0];
+    const float(&p)[kTiles][4] = weights[0];
     constexpr int kChunks = kDim / 4, kUnroll = kOut > 16 ? 1 : kOut > 8 ? 2 : 8;
     int lane = static_cast<int>(threadIdx.x) % 32;
     if constexpr (kOut > 16) asm volatile("" : "+r"(lane));

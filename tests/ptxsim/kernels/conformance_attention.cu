@@ -16,19 +16,19 @@ __device__ void tile_products(const T* own, const T* stream, float* out) {
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncthreads();
-  float scores[kStream / 8][4] = {}, sums[kDim / 8][4] = {};
+  float scores[1][kStream / 8][4] = {}, sums[1][kDim / 8][4] = {};
   Products<T>::template scores<kDim>(scores, shared, 0, stream_tile, 0);
   Products<T>::template weighted<kDim>(sums, scores, stream_tile, 0, 0);
   float* target = out + threadIdx.x * (4 * (kStream / 8 + kDim / 8));
 #pragma unroll
   for (int n = 0; n < kStream / 8; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) *target++ = scores[n][e];
+    for (int e = 0; e < 4; ++e) *target++ = scores[0][n][e];
   }
 #pragma unroll
   for (int n = 0; n < kDim / 8; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) *target++ = sums[n][e];
+    for (int e = 0; e < 4; ++e) *target++ = sums[0][n][e];
   }
 }
 
