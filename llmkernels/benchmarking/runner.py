@@ -27,12 +27,17 @@ class Measured:
     candidates: dict[str, dict]
     wrong: dict[str, str]
     copy_ms: float | None = None
+    flops: int | None = None  # where the family counts them: a `flops` in its cases.py
     best_peer: str | None = None
     ratios: dict[str, float] = dataclasses.field(default_factory=dict)  # backend -> times faster than the best peer
 
     def bandwidth(self, name: str) -> float:
         """GB/s: the bytes the op must move over the median time."""
         return self.bytes / self.candidates[name]["median"] / 1e6
+
+    def rate(self, name: str) -> float | None:
+        """GFLOP/s: the operations that the maths asks for over the median time."""
+        return self.flops / self.candidates[name]["median"] / 1e6 if self.flops else None
 
     def of_copy(self, name: str) -> float | None:
         """The fraction of the speed of copying as many bytes, measured in the same run."""
@@ -114,7 +119,8 @@ def measure(cases, bench, case, mode: str, device: str, *, seconds: float, compi
     best = min(peers, key=lambda name: results[name]["median"])
     ratios = {name: ratio(times[best], times[name]) for name in results if name in registry.BACKENDS}
     dtype = str(case.dtype).removeprefix("torch.")
-    return Measured(str(case), case.op, mode, dtype, size, results, wrong, copy, best, ratios)
+    flops = cases.flops(case, mode) if mode != "call" and hasattr(cases, "flops") else None
+    return Measured(str(case), case.op, mode, dtype, size, results, wrong, copy, flops, best, ratios)
 
 
 def _right(cases, case, inputs, functions: dict, wrong: dict[str, str]) -> dict:

@@ -65,12 +65,12 @@ def run(args) -> int:
 
 def _table(results: list, threads: int) -> Table:
     table = Table(title=f"{threads} thread(s); median (p10 to p90); ratio to the best peer round by round")
-    for column in ("case", "mode", "candidate", "time", "GB/s", "of copy", "ratio"):
+    for column in ("case", "mode", "candidate", "time", "GB/s", "of copy", "GFLOP/s", "ratio"):
         table.add_column(column, justify="left" if column in ("case", "mode", "candidate") else "right")
     for result in results:
         for index, (name, times) in enumerate(result.candidates.items()):
             unit, factor = ("us", 1e3) if result.mode == "call" else ("ms", 1.0)
-            of_copy = result.of_copy(name)
+            of_copy, rate = result.of_copy(name), result.rate(name)
             time = " ".join(f"{times[key] * factor:.2f}" for key in ("median",))
             spread = f"({times['p10'] * factor:.2f} to {times['p90'] * factor:.2f})"
             table.add_row(
@@ -80,6 +80,7 @@ def _table(results: list, threads: int) -> Table:
                 f"{time} {unit} {spread}",
                 "" if result.mode == "call" else f"{result.bandwidth(name):.1f}",
                 "" if of_copy is None else f"{of_copy:.0%}",
+                "" if rate is None else f"{rate:.0f}",
                 f"{result.ratios[name]:.2f}x"
                 if name in result.ratios
                 else ("best peer" if name == result.best_peer else ""),

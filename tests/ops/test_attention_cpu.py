@@ -111,6 +111,10 @@ THREADED = [
     for mask in ({}, {"mask": "additive"}, {"mask": "additive", "mask_shape": "ST"})
 ] + [
     AttentionCase(OP, B=3, H=3, S=130, T=90, D=64, dtype=torch.bfloat16, window=(50, 9)),
+    *(
+        AttentionCase(OP, B=2, H=4, Hk=2, S=110, T=140, D=16, dtype=torch.bfloat16, mask="additive", mask_shape=shape)
+        for shape in ("HST", "BST", "BHT", "ST", "T", "BS")
+    ),
     AttentionCase("attention_varlen", B=3, H=2, D=32, lengths=((200, 3, 100), (210, 0, 90)), sinks=True),
 ]
 

@@ -64,7 +64,7 @@ inline Vec<Acc> splat(Acc value) {
 // gcc 12 converts vectors in halves where one instruction would do.
 inline UInt32Vector zero_extend(UInt16Half bits) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return bit_cast<UInt32Vector>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(bits)));
+  return bit_cast<UInt32Vector>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(bits)));
 #elif defined(CPU_CAPABILITY_AVX2)
   return bit_cast<UInt32Vector>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
 #else

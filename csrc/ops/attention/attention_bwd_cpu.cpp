@@ -100,7 +100,9 @@ struct Tile {
   }
 };
 
-// Where the mask's gradient is as large as the scores it is written as they come; else a step of its own sums it.
+// Where the mask's gradient is as large as the scores it is written as they come. Else it is summed: by a task that has
+// all the heads which share a part of it, or by a step of its own, which makes all scores once more. An element's sum is
+// over batch, heads and rows in this order either way.
 inline bool mask_is_whole(const AttentionBwdParams& p) {
   return p.dmask_sizes[0] == p.in.B && p.dmask_sizes[1] == p.in.H && p.dmask_sizes[2] == p.in.S &&
          p.dmask_sizes[3] == p.in.T;
@@ -112,8 +114,15 @@ class Backward {
   static constexpr int n = kLanes<float>;
 
  public:
-  Backward(const AttentionBwdParams& params)
-      : p(params), in(params.in), z(params.in), plain(is_plain(params.in)), scale(keep_scale(params.in)) {}
+  Backward(const AttentionBwdParams& params, float* mask_sums)
+      : p(params),
+        in(params.in),
+        z(params.in),
+        plain(is_plain(params.in)),
+        scale(keep_scale(params.in)),
+        mask_sums(mask_sums),
+        every_b(mask_sums != nullptr && params.dmask_sizes[0] != params.in.B),
+        every_head(mask_sums != nullptr && params.dmask_sizes[1] != params.in.H) {}
 
   // delta of the query rows [begin, end), counted as [B, H, S].
   void delta_step(int64_t begin, int64_t end) const {
@@ -130,7 +139,7 @@ class Backward {
     }
   }
 
-  // Tasks are key heads.
+  // Tasks are key heads; with mask_sums all of those that add to the same elements of it.
   int64_t heads_step(int64_t begin, int64_t end, char* base) {
     Arena arena{base};
     Tile<T> tile(arena, p.dmask != nullptr);
@@ -140,18 +149,12 @@ class Backward {
       const QueryBlock<T> block(z, arena, p.dq != nullptr);
       if (base != nullptr) queries[i] = block;
     }
+    const int64_t heads = every_head ? 1 : in.Hk;
     for (int64_t task = begin; task < end && base != nullptr; ++task) {
-      const int64_t b = task / in.Hk, key_head = task % in.Hk;
-      const Sequence seq = sequence(in, b);
-      for (int64_t i = 0; i < z.group * z.row_blocks; ++i) {
-        pack_queries(queries[i], seq, b, key_head * z.group + i / z.row_blocks, i % z.row_blocks, true);
-      }
-      for (int64_t key = 0; key < seq.keys; key += kBwdKeys) {
-        key_block(tile, keys, queries, seq, b, key_head, key, p.dq != nullptr);
-      }
-      if (p.dq == nullptr) continue;
-      for (int64_t i = 0; i < z.group * z.row_blocks; ++i) {
-        write_dq(queries[i], seq, key_head * z.group + i / z.row_blocks, i % z.row_blocks);
+      for (int64_t b = every_b ? 0 : task / heads; b < (every_b ? in.B : task / heads + 1); ++b) {
+        for (int64_t h = every_head ? 0 : task % heads; h < (every_head ? in.Hk : task % heads + 1); ++h) {
+          one_head(tile, keys, queries, b, h);
+        }
       }
     }
     return arena.used;
@@ -219,6 +222,13 @@ class Backward {
       if (p.dq != nullptr) write_dq(queries, seq, head, row_block);
     }
     return arena.used;
+  }
+
+  // With mask_sums, tasks are rows of dmask.
+  void round_mask_step(int64_t begin, int64_t end) const {
+    for (int64_t row = begin; row < end; ++row) {
+      write_mask_row(mask_sums + row * p.dmask_sizes[3], row * p.dmask_sizes[3], p.dmask_sizes[3]);
+    }
   }
 
   // Tasks are rows of dmask in blocks, [dmask_sizes[0], dmask_sizes[1], row blocks], where it is broadcast.
@@ -322,6 +332,20 @@ class Backward {
     return static_cast<int>(block.count - r < kTileRows ? block.count - r : kTileRows);
   }
 
+  void one_head(const Tile<T>& tile, KeyBlock<T>& keys, QueryBlock<T>* queries, int64_t b, int64_t key_head) {
+    const Sequence seq = sequence(in, b);
+    for (int64_t i = 0; i < z.group * z.row_blocks; ++i) {
+      pack_queries(queries[i], seq, b, key_head * z.group + i / z.row_blocks, i % z.row_blocks, true);
+    }
+    for (int64_t key = 0; key < seq.keys; key += kBwdKeys) {
+      key_block(tile, keys, queries, seq, b, key_head, key, p.dq != nullptr);
+    }
+    if (p.dq == nullptr) return;
+    for (int64_t i = 0; i < z.group * z.row_blocks; ++i) {
+      write_dq(queries[i], seq, key_head * z.group + i / z.row_blocks, i % z.row_blocks);
+    }
+  }
+
   // All queries of a key head against one block of its keys.
   void key_block(const Tile<T>& tile, KeyBlock<T>& keys, QueryBlock<T>* queries, const Sequence& seq, int64_t b,
                  int64_t key_head, int64_t key, bool with_dq) {
@@ -369,6 +393,8 @@ class Backward {
       const bool any = seen(block, r, rows, key, c0, c1);
       if (!any) c0 = c1 = 0;
       if (any) {
+        const int64_t soon = block.count - r - rows < kTileRows ? block.count - r - rows : kTileRows;
+        fetch_masks(in, block.rows + r + rows, soon, key, seq.keys - key < kBwdKeys ? seq.keys - key : kBwdKeys);
         product_rows<C>({block.q + r * z.d_row, z.d_row, 1, keys.k + c0, kBwdKeys, z.d, tile.s + c0, kBwdKeys, nullptr},
                         rows, c1 - c0);
         product_rows<C>({block.dout + r * z.dv_row, z.dv_row, 1, keys.v + c0, kBwdKeys, z.dv, tile.dp + c0, kBwdKeys,
@@ -433,11 +459,10 @@ class Backward {
         for (int i = 0; i < rows; i += 2) {
           for (int64_t j = begin; j < end; j += n) {
             const Pair a = value(i, j), b = i + 1 < rows ? value(i + 1, j) : Pair{};
-            store_words(tile.p_summed + (first + i) / 2 * kBwdKeys + j, interleaved(a.p, b.p));
-            store_words(tile.ds_summed + (first + i) / 2 * kBwdKeys + j, interleaved(a.ds, b.ds));
+            const int64_t at = (first + i) / 2 * kBwdKeys + j;
             BFloat16* ds = reinterpret_cast<BFloat16*>(tile.ds) + (first + i) * kBwdKeys + j;
-            store(ds, a.ds);
-            store(ds + kBwdKeys, b.ds);
+            store_words(tile.p_summed + at, store_weights(nullptr, nullptr, a.p, b.p));
+            store_words(tile.ds_summed + at, store_weights(ds, ds + kBwdKeys, a.ds, b.ds));
           }
         }
       }
@@ -445,11 +470,6 @@ class Backward {
     sweep(0, c0, zero);
     sweep(c0, c1, one);
     sweep(c1, kBwdKeys, zero);
-  }
-
-  // Words of a bf16 of a and below it one of b.
-  static UInt32Vector interleaved(FloatVector a, FloatVector b) {
-    return zero_extend(narrow(a, BFloat16{})) | zero_extend(narrow(b, BFloat16{})) << 16;
   }
 
   // dv += p^T dout and dk += ds^T q, over the rows that see some of the keys.
@@ -488,11 +508,26 @@ class Backward {
 
   void write_dmask(const Tile<T>& tile, const QueryBlock<T>& block, const Sequence& seq, int64_t b, int64_t head,
                    int64_t row_block, int64_t key) const {
+    if (mask_sums != nullptr) return add_dmask(tile, block, seq, b, head, row_block, key);
     if (p.dmask == nullptr || !mask_is_whole(p)) return;
     const int64_t count = seq.keys - key < kBwdKeys ? seq.keys - key : kBwdKeys;
     for (int64_t i = 0; i < block.count; ++i) {
       const int64_t row = (b * in.H + head) * in.S + row_block * kBwdRows + i;
       write_mask_row(tile.dmask + i * kBwdKeys, row * in.T + key, count);
+    }
+  }
+
+  void add_dmask(const Tile<T>& tile, const QueryBlock<T>& block, const Sequence& seq, int64_t b, int64_t head,
+                 int64_t row_block, int64_t key) const {
+    const int64_t count = seq.keys - key < kBwdKeys ? seq.keys - key : kBwdKeys;
+    const int64_t mb = p.dmask_sizes[0] == 1 ? 0 : b, mh = p.dmask_sizes[1] == 1 ? 0 : head;
+    for (int64_t i = 0; i < block.count; ++i) {
+      const int64_t query = p.dmask_sizes[2] == 1 ? 0 : row_block * kBwdRows + i;
+      float* to = mask_sums + ((mb * p.dmask_sizes[1] + mh) * p.dmask_sizes[2] + query) * p.dmask_sizes[3] + key;
+      const float* ds = tile.dmask + i * kBwdKeys;
+      for_each_vector<float>(0, count, [&](int64_t j, auto part) {
+        part.store(to + j, part.load(to + j) + part.load(ds + j));
+      });
     }
   }
 
@@ -514,6 +549,8 @@ class Backward {
   const BwdSizes<T> z;
   const bool plain;
   const float scale;  // of what dropout keeps
+  float* const mask_sums;
+  const bool every_b, every_head;  // what a task of mask_sums has to go through
 };
 
 }  // namespace
@@ -527,19 +564,25 @@ AttentionBwdWork attention_bwd_work(const AttentionBwdParams& p, int64_t threads
   const bool whole = p.dmask != nullptr && mask_is_whole(p);
   with_element(in.dtype, [&](auto t) {
     using T = decltype(t);
-    Backward<T> backward(p);
+    Backward<T> backward(p, nullptr);
     const BwdSizes<T> z(in);
     const int64_t pairs = in.B * in.Hk;
     const bool for_keys = p.dk != nullptr || p.dv != nullptr, for_queries = p.dq != nullptr || (whole && !for_keys);
-    // A pair of tiles costs 5 products on the threads that get one of `pairs`, or 7 on all of them.
-    const bool by_head = for_keys && div_up(pairs, threads) * threads * 5 <= pairs * 7;
+    // Five products for a pair of tiles on the threads that get one of `pairs`, or seven on all of them; and two more
+    // for a mask's gradient by itself, or five on the threads that get one of `shares`.
+    const int64_t by_pairs = for_keys ? div_up(pairs, threads) * threads * 5 : pairs * 8;
+    const bool by_head = by_pairs <= pairs * 7, sums = p.dmask != nullptr && !whole;
+    const int64_t shares = (p.dmask_sizes[0] != in.B ? 1 : in.B) * (p.dmask_sizes[1] != in.H ? 1 : in.Hk);
+    const bool by_share = sums && for_keys && p.dmask_sizes[3] == in.T &&
+                          div_up(shares, threads) * threads * 5 * (pairs / shares) <=
+                              (by_head ? by_pairs : pairs * 7) + pairs * 2;
     const auto set = [&](int step, int64_t tasks, int64_t bytes, int64_t flops) {
       work.tasks[step] = tasks, work.scratch_bytes[step] = bytes, work.task_flops[step] = flops;
     };
     set(delta, in.B * in.H * in.S, 0, 2 * in.Dv);
     const int64_t tile = 2 * kBwdRows * kBwdKeys * (in.D + in.Dv);
-    if (by_head) {
-      set(heads, pairs, backward.heads_step(0, 0, nullptr), z.group * z.row_blocks * z.key_blocks * tile);
+    if (by_head || by_share) {
+      set(heads, by_share ? shares : pairs, backward.heads_step(0, 0, nullptr), z.group * z.row_blocks * z.key_blocks * tile);
     } else {
       if (for_keys) {
         set(keys, pairs * z.key_blocks, backward.keys_step(0, 0, nullptr), z.group * z.row_blocks * tile);
@@ -548,7 +591,11 @@ AttentionBwdWork attention_bwd_work(const AttentionBwdParams& p, int64_t threads
         set(queries, in.B * in.H * z.row_blocks, backward.queries_step(0, 0, nullptr), z.key_blocks * tile);
       }
     }
-    if (p.dmask != nullptr && !whole) {
+    if (by_share) {
+      const int64_t rows = p.dmask_sizes[0] * p.dmask_sizes[1] * p.dmask_sizes[2];
+      work.mask_floats = rows * p.dmask_sizes[3];
+      if (in.mask_kind != MaskKind::kFloat32 && in.dtype != DType::kFloat32) set(mask, rows, 0, p.dmask_sizes[3]);
+    } else if (sums) {
       const int64_t blocks = p.dmask_sizes[2] != in.S ? 1 : z.row_blocks;
       set(mask, p.dmask_sizes[0] * p.dmask_sizes[1] * blocks, backward.mask_step(0, 0, nullptr), z.key_blocks * tile);
     }
@@ -556,9 +603,10 @@ AttentionBwdWork attention_bwd_work(const AttentionBwdParams& p, int64_t threads
   return work;
 }
 
-void attention_bwd(const AttentionBwdParams& p, AttentionBwdStep step, int64_t begin, int64_t end, char* scratch) {
+void attention_bwd(const AttentionBwdParams& p, AttentionBwdStep step, int64_t begin, int64_t end, char* scratch,
+                   float* mask_sums) {
   with_element(p.in.dtype, [&](auto t) {
-    Backward<decltype(t)> backward(p);
+    Backward<decltype(t)> backward(p, mask_sums);
     switch (step) {
       case AttentionBwdStep::kDelta:
         backward.delta_step(begin, end);
@@ -573,7 +621,7 @@ void attention_bwd(const AttentionBwdParams& p, AttentionBwdStep step, int64_t b
         backward.queries_step(begin, end, scratch);
         break;
       case AttentionBwdStep::kMask:
-        backward.mask_step(begin, end, scratch);
+        mask_sums != nullptr ? backward.round_mask_step(begin, end) : (void)backward.mask_step(begin, end, scratch);
         break;
     }
   });

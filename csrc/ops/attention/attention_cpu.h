@@ -24,6 +24,7 @@ struct AttentionBwdWork {
   int64_t tasks[kAttentionBwdSteps];  // 0: the step is left out
   int64_t scratch_bytes[kAttentionBwdSteps];
   int64_t task_flops[kAttentionBwdSteps];
+  int64_t mask_floats;  // sums of the mask's gradient that kHeads makes, of its shape and zero at first; 0: none
 };
 
 LLMKERNELS_CPU_DECLARE(
@@ -32,6 +33,6 @@ LLMKERNELS_CPU_DECLARE(
     void attention_merge(const AttentionFwdParams& params, int64_t begin, int64_t end, const float* partial);
     AttentionBwdWork attention_bwd_work(const AttentionBwdParams& params, int64_t threads);
     void attention_bwd(const AttentionBwdParams& params, AttentionBwdStep step, int64_t begin, int64_t end,
-                       char* scratch);)
+                       char* scratch, float* mask_sums);)
 
 }  // namespace llmkernels::cpu

@@ -20,25 +20,56 @@ inline FloatVector multiply_add(FloatVector sum, UInt32Vector a, UInt32Vector b)
   return sum + bit_cast<FloatVector>(a) * bit_cast<FloatVector>(b);
 }
 
+// How far ahead of what is read the memory is asked for more. Measured on a Zen 5 with 32 query and 8 key heads, 4096
+// keys of D = 128 in fp32: out of the third cache 38 to 42 GB/s with 4 to 12 KB (without 25, a plain sum 48), out of
+// memory 24 GB/s (19, a plain sum 34).
+constexpr int64_t kAheadBytes = 8192;
+
+// The rows that will be read next: of the block at hand, then of what follows it, values after keys and the next
+// block's keys after values. Nothing is fetched from row `end` on, which may have no memory.
+template <class T>
+struct Ahead {
+  const HeadRows<T>&now, &next;
+  int64_t now_first, next_first, now_bytes, next_bytes, block, end;
+  int64_t distance = now_bytes > 0 ? kAheadBytes / now_bytes : 0;
+
+  // Inlined by order: gcc 12 takes a function of prefetches alone for one without effects, and drops the calls.
+  __attribute__((always_inline)) void fetch(int64_t j) const {
+    j += distance;
+    const bool here = j < block;
+    const int64_t row = here ? now_first + j : next_first + j - block;
+    if (row >= end) return;
+    const char* at = reinterpret_cast<const char*>(here ? now(row) : next(row));
+    const int64_t bytes = here ? now_bytes : next_bytes;
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte);
+  }
+};
+
 // s[i][j] = q_i . k_j for j in [begin, end), with what fills up the last vector: values that mean nothing. `q` has
 // kRows rows.
 template <class T, int kRows>
 __attribute__((noinline)) void direct_scores(const Word* q, int64_t q_row, const HeadRows<T>& keys, int64_t first,
-                                             int64_t begin, int64_t end, int64_t dim, float* s, int64_t s_row) {
+                                             int64_t begin, int64_t end, int64_t dim, float* s, int64_t s_row,
+                                             const Ahead<T>& ahead) {
   using C = ProductOf<T>;
   constexpr int kKeys = kLanes<float> / kRows;
   const int64_t whole = dim / (kLanes<float> * kPerWord<C>) * kLanes<float>, words = div_up(dim, kPerWord<C>);
   for (int64_t j = begin; j < end; j += kKeys) {
     const T* rows[kKeys];
     for (int i = 0; i < kKeys; ++i) rows[i] = keys(first + (j + i < end ? j + i : end - 1));
+    for (int i = 0; i < kKeys; ++i) ahead.fetch(j + i);
     FloatVector sums[kRows * kKeys];
+#pragma GCC unroll 16
     for (int i = 0; i < kRows * kKeys; ++i) sums[i] = FloatVector{};
     const auto step = [&](int64_t w, auto load_key) {
       UInt32Vector k[kKeys];
+#pragma GCC unroll 16
       for (int i = 0; i < kKeys; ++i) k[i] = load_key(rows[i] + w * kPerWord<C>);
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         UInt32Vector row;
         __builtin_memcpy(&row, q + r * q_row + w, sizeof(row));
+#pragma GCC unroll 16
         for (int i = 0; i < kKeys; ++i) sums[r * kKeys + i] = multiply_add<C>(sums[r * kKeys + i], row, k[i]);
       }
     };
@@ -55,38 +86,95 @@ __attribute__((noinline)) void direct_scores(const Word* q, int64_t q_row, const
   }
 }
 
-// acc_i = factors[i] acc_i + sum of p[i][j] v_j over j in [begin, end).
-template <class T, int kRows>
-__attribute__((noinline)) void direct_values(const float* p, int64_t p_row, const HeadRows<T>& values, int64_t first,
-                                             int64_t begin, int64_t end, int64_t dim, float* acc, int64_t acc_row,
-                                             const float* factors) {
-  const auto columns = [&](int64_t col, auto vectors, auto load_value) {
-    constexpr int kVectors = decltype(vectors)::value;
-    FloatVector sums[kRows][kVectors];
-    for (int r = 0; r < kRows; ++r) {
-      for (int c = 0; c < kVectors; ++c) {
-        sums[r][c] = load(acc + r * acc_row + col + c * kLanes<float>) * factors[r];
+// Columns of two neighbouring values as words, kVectors of them; a row outside [begin, end) counts as zeros.
+template <int kVectors>
+inline void load_pairs(const BFloat16* a, const BFloat16* b, int64_t left, UInt32Vector (&words)[kVectors]) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (kVectors % 2 == 0) {
+    UInt16Vector low, high;
+    for (int i = 0; i < 2 * kLanes<float>; ++i) {
+      low[i] = static_cast<uint16_t>(i / 2 + i % 2 * 2 * kLanes<float>);
+      high[i] = static_cast<uint16_t>(low[i] + kLanes<float>);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; c += 2) {
+      UInt16Vector rows[2]{};
+      if (a != nullptr) __builtin_memcpy(&rows[0], a + c * kLanes<float>, sizeof(rows[0]));
+      if (b != nullptr) __builtin_memcpy(&rows[1], b + c * kLanes<float>, sizeof(rows[1]));
+      words[c] = bit_cast<UInt32Vector>(__builtin_shuffle(rows[0], rows[1], low));
+      words[c + 1] = bit_cast<UInt32Vector>(__builtin_shuffle(rows[0], rows[1], high));
+    }
+  } else {
+    const __mmask16 some = left >= kLanes<float> ? 0xffff : static_cast<__mmask16>((1u << left) - 1u);
+    const auto half = [&](const BFloat16* row) {
+      return zero_extend(row == nullptr ? UInt16Half{} : bit_cast<UInt16Half>(_mm256_maskz_loadu_epi16(some, row)));
+    };
+    words[0] = half(a) | half(b) << 16;
+  }
+#endif
+}
+
+// acc_i = factors[i] acc_i + sum of p[i][j] v_j over j in [begin, end), `dim` columns of them, at most kVectors.
+template <class T, int kRows, int kVectors>
+inline void direct_columns(const ProductOf<T>* p, int64_t p_row, const HeadRows<T>& values, int64_t first, int64_t begin,
+                           int64_t end, int64_t col, int64_t dim, float* acc, int64_t acc_row, const float* factors,
+                           const Ahead<T>& ahead) {
+  FloatVector sums[kRows][kVectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; ++c) sums[r][c] = load(acc + r * acc_row + col + c * kLanes<float>) * factors[r];
+  }
+  if constexpr (kPerWord<ProductOf<T>> == 2) {
+    for (int64_t j = begin / 2 * 2; j < end; j += 2) {
+      if (col == 0) ahead.fetch(j), ahead.fetch(j + 1);
+      const T* a = j >= begin ? values(first + j) + col : nullptr;
+      const T* b = j + 1 < end ? values(first + j + 1) + col : nullptr;
+      UInt32Vector words[kVectors];
+      load_pairs<kVectors>(a, b, dim - col, words);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        Word pair;
+        __builtin_memcpy(&pair, p + r * p_row + j, sizeof(pair));
+#pragma GCC unroll 4
+        for (int c = 0; c < kVectors; ++c) sums[r][c] = multiply_add<ProductOf<T>>(sums[r][c], pair, words[c]);
       }
     }
+  } else {
     for (int64_t j = begin; j < end; ++j) {
       const T* row = values(first + j) + col;
+      if (col == 0) ahead.fetch(j);
       FloatVector v[kVectors];
-      for (int c = 0; c < kVectors; ++c) v[c] = load_value(row + c * kLanes<float>);
+#pragma GCC unroll 4
+      for (int c = 0; c < kVectors; ++c) {
+        const T* at = row + c * kLanes<float>;
+        v[c] = kVectors > 1 || dim - col >= kLanes<float> ? load(at) : load_tail(at, static_cast<int>(dim - col));
+      }
+#pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
         for (int c = 0; c < kVectors; ++c) sums[r][c] += v[c] * p[r * p_row + j];
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      for (int c = 0; c < kVectors; ++c) store(acc + r * acc_row + col + c * kLanes<float>, sums[r][c]);
-    }
-  };
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kVectors; ++c) store(acc + r * acc_row + col + c * kLanes<float>, sums[r][c]);
+  }
+}
+
+template <class T, int kRows>
+__attribute__((noinline)) void direct_values(const ProductOf<T>* p, int64_t p_row, const HeadRows<T>& values,
+                                             int64_t first, int64_t begin, int64_t end, int64_t dim, float* acc,
+                                             int64_t acc_row, const float* factors, const Ahead<T>& ahead) {
   constexpr int kWide = kTileVectors * kLanes<float>;
-  const auto whole = [](const T* from) { return load(from); };
   int64_t col = 0;
-  for (; col + kWide <= dim; col += kWide) columns(col, Int<kTileVectors>{}, whole);
-  for (; col + kLanes<float> <= dim; col += kLanes<float>) columns(col, Int<1>{}, whole);
-  if (col < dim) {
-    columns(col, Int<1>{}, [&](const T* from) { return load_tail(from, static_cast<int>(dim - col)); });
+  for (; col + kWide <= dim; col += kWide) {
+    direct_columns<T, kRows, kTileVectors>(p, p_row, values, first, begin, end, col, dim, acc, acc_row, factors, ahead);
+  }
+  for (; col < dim; col += kLanes<float>) {
+    direct_columns<T, kRows, 1>(p, p_row, values, first, begin, end, col, dim, acc, acc_row, factors, ahead);
   }
 }
 

@@ -78,12 +78,17 @@ struct Product {
 template <class C, int kRows, int kVectors>
 __attribute__((noinline)) void product_tile(const Product& p) {
   FloatVector sums[kRows][kVectors];
+  // Unrolled by order: left to itself gcc 12 keeps `sums` in memory before and after the loop.
   if (p.factors != nullptr) {
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) sums[i][j] = load(p.c + i * p.c_row + j * kLanes<float>) * p.factors[i];
     }
   } else {
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) sums[i][j] = FloatVector{};
     }
   }
@@ -92,14 +97,19 @@ __attribute__((noinline)) void product_tile(const Product& p) {
   const int64_t a_row = p.a_row, a_k = p.a_k, b_k = p.b_k;
   for (int64_t k = p.count; k > 0; --k) {
     UInt32Vector vectors[kVectors];
+#pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) __builtin_memcpy(&vectors[j], b + j * kLanes<float>, sizeof(UInt32Vector));
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
       for (int j = 0; j < kVectors; ++j) sums[i][j] = multiply_add<C>(sums[i][j], a[i * a_row], vectors[j]);
     }
     a += a_k;
     b += b_k;
   }
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) store(p.c + i * p.c_row + j * kLanes<float>, sums[i][j]);
   }
 }

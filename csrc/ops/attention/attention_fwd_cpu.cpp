@@ -111,13 +111,13 @@ __attribute__((noinline)) void softmax_rows(const AttentionInputs& in, const Fwd
       for (int64_t j = c0; j < c1; j += n) {
         const FloatVector w = weight(j);
         sum += w;
-        store(to + j, select(kept(random, first_key + j, in.dropout_threshold), w));
+        store_weights(to + j, select(kept(random, first_key + j, in.dropout_threshold), w));
       }
     } else {
       for (int64_t j = c0; j < c1; j += n) {
         const FloatVector w = weight(j);
         sum += w;
-        store(to + j, w);
+        store_weights(to + j, w);
       }
     }
     float* total = memory.total + (first_row + i) * n;
@@ -246,6 +246,8 @@ class FwdTask {
       const int rows = static_cast<int>(count - r < kTileRows ? count - r : kTileRows);
       int64_t c0, c1;
       if (!seen(r, rows, key, c0, c1)) continue;
+      const int64_t soon = count - r - rows < kTileRows ? count - r - rows : kTileRows;
+      fetch_masks(in, memory.rows + r + rows, soon, key, there);
       product_rows<C>({memory.q + r * memory.q_row, memory.q_row, 1, k + c0, kBlockKeys, div_up(in.D, kPerWord<C>),
                        memory.s + c0, kBlockKeys, nullptr}, rows, c1 - c0);
       weigh(r, rows, key, c0, c1, end, reinterpret_cast<C*>(memory.p), factors);
@@ -265,16 +267,21 @@ class FwdTask {
       if (!seen(r, rows, key, c0, c1)) continue;
       const int64_t from = low - key > c0 ? low - key : c0, to = high - key < c1 ? high - key : c1;
       if (from >= to) continue;
+      // The first rows fetch for all.
+      const int64_t stop = r == 0 ? high : 0, k_bytes = in.D * sizeof(T), v_bytes = in.Dv * sizeof(T);
+      const Ahead<T> after_keys{keys, values, key, key, k_bytes, v_bytes, kBlockKeys, stop};
+      const Ahead<T> after_values{values, keys, key, key + kBlockKeys, v_bytes, k_bytes, kBlockKeys, stop};
       const auto scores = [&](auto tile) {
         direct_scores<T, decltype(tile)::value>(memory.q + r * memory.q_row, memory.q_row, keys, key, c0, to, in.D,
-                                                memory.s, kBlockKeys);
+                                                memory.s, kBlockKeys, after_keys);
       };
       rows == 1 ? scores(Int<1>{}) : rows == 2 ? scores(Int<2>{}) : scores(Int<4>{});
       c1 = round_up(to, n);
-      weigh(r, rows, key, c0, c1, key + to, memory.s, factors);
+      C* const weights = kPerWord<C> == 1 ? reinterpret_cast<C*>(memory.s) : reinterpret_cast<C*>(memory.p);
+      weigh(r, rows, key, c0, c1, key + to, weights, factors);
       with_count<kDirectTileRows>(rows, [&](auto tile) {
-        direct_values<T, decltype(tile)::value>(memory.s, kBlockKeys, values, key, from, to, in.Dv,
-                                                memory.acc + r * memory.acc_row, memory.acc_row, factors);
+        direct_values<T, decltype(tile)::value>(weights, kBlockKeys, values, key, from, to, in.Dv,
+                                                memory.acc + r * memory.acc_row, memory.acc_row, factors, after_values);
       });
     }
   }

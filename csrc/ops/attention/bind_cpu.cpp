@@ -72,16 +72,23 @@ void run_fwd(const char* op, AttentionFwdParams p) {
 
 void run_bwd(const char* op, AttentionBwdParams p) {
   check_values(op, p.in);
-  if (p.dmask != nullptr && (p.in.window_left >= 0 || p.in.window_right >= 0)) {  // tiles that nobody sees are skipped
-    const int64_t bytes = p.in.mask_kind == MaskKind::kFloat32 ? 4 : element_bytes(p.in.dtype);
-    std::memset(p.dmask, 0, bytes * p.dmask_sizes[0] * p.dmask_sizes[1] * p.dmask_sizes[2] * p.dmask_sizes[3]);
-  }
   const auto kernel = LLMKERNELS_CPU_DISPATCH(attention_bwd);
   const cpu::AttentionBwdWork work = LLMKERNELS_CPU_DISPATCH(attention_bwd_work)(p, at::get_num_threads());
+  const int64_t mask_bytes = p.in.mask_kind == MaskKind::kFloat32 ? 4 : element_bytes(p.in.dtype);
+  const bool own_sums = work.mask_floats > 0 && mask_bytes != sizeof(float);
+  const at::DataPtr sums = c10::GetCPUAllocator()->allocate(own_sums ? work.mask_floats * sizeof(float) : 0);
+  float* mask_sums = nullptr;
+  if (work.mask_floats > 0) {
+    mask_sums = static_cast<float*>(own_sums ? sums.get() : p.dmask);
+    std::memset(mask_sums, 0, work.mask_floats * sizeof(float));
+  } else if (p.dmask != nullptr && (p.in.window_left >= 0 || p.in.window_right >= 0)) {
+    // Tiles that nobody sees are skipped.
+    std::memset(p.dmask, 0, mask_bytes * p.dmask_sizes[0] * p.dmask_sizes[1] * p.dmask_sizes[2] * p.dmask_sizes[3]);
+  }
   for (int step = 0; step < cpu::kAttentionBwdSteps; ++step) {
     over(work.tasks[step], work.task_flops[step], work.scratch_bytes[step],
          [&](int64_t begin, int64_t end, char* scratch) {
-           kernel(p, static_cast<cpu::AttentionBwdStep>(step), begin, end, scratch);
+           kernel(p, static_cast<cpu::AttentionBwdStep>(step), begin, end, scratch, mask_sums);
          });
   }
 }

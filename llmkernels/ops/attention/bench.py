@@ -3,12 +3,13 @@
 import torch
 import torch.nn.functional as torch_functional
 
+from llmkernels.ops.attention import cases
 from llmkernels.ops.attention.cases import AttentionCase
 from llmkernels.ops.attention.forward_cases import CacheCase
 
 
 def bench_cases(op: str, full: bool) -> list[AttentionCase]:
-    """Cases of `op`: the goals' shapes."""
+    """Cases of `op`: the goals' shapes, and with `full` what each option costs beside the plain call of its size."""
     if op == "attention_kvcache":
         lengths = [(4096,), (1024,) * 8] if full else [(4096,)]
         return [_decoding(dtype, rows) for dtype in (torch.float32, torch.bfloat16) for rows in lengths]
@@ -23,6 +24,12 @@ def bench_cases(op: str, full: bool) -> list[AttentionCase]:
     found += [make(dtype, B=4, H=8, S=512, D=64, causal="top_left") for dtype in (torch.bfloat16, torch.float32)]
     if full:
         found.append(make(torch.bfloat16, B=1, H=8, S=2048, D=128, causal="top_left"))
+        options = ({}, {"window": (64, 64)}, {"mask": "bool"}, {"mask": "bool", "mask_shape": "BT"},
+                   {"mask": "additive", "mask_shape": "HST"}, {"dropout": 0.1}, {"softcap": 20.0}, {"alibi": True},
+                   {"sinks": True})  # fmt: skip
+        found += [make(dtype, B=2, H=4, S=1024, D=64, **option) for dtype in (torch.bfloat16, torch.float32)
+                  for option in options]  # fmt: skip
+        found += [make(dtype, B=1, H=32, Hk=8, S=1, T=4096, D=128) for dtype in (torch.bfloat16, torch.float32)]
     return found
 
 
@@ -40,13 +47,21 @@ def overhead_case(op: str) -> AttentionCase | CacheCase:
     return AttentionCase(op, B=1, H=1, S=1, T=8, D=64, lengths=lengths, lse=False)
 
 
-def _sdpa(case: AttentionCase, inputs):
+def _band(case: AttentionCase, device) -> torch.Tensor | None:
+    """The window as the boolean mask that a torch user makes of it."""
+    if case.window is None:
+        return None
+    distance = torch.arange(case.T, device=device) - torch.arange(case.S, device=device)[:, None] - (case.T - case.S)
+    return (distance >= -case.window[0]) & (distance <= case.window[1])
+
+
+def _sdpa(case: AttentionCase, inputs, band: torch.Tensor | None):
     """torch's fused attention, for the cases that it has; it returns no lse."""
     mask = inputs.boolean_mask if inputs.mask is None else inputs.mask
     return (
         torch_functional.scaled_dot_product_attention(
-            inputs.q, inputs.k, inputs.v, mask, is_causal=case.causal == "top_left",
-            enable_gqa=case.key_heads != case.H,
+            inputs.q, inputs.k, inputs.v, band if mask is None else mask, case.dropout,
+            is_causal=case.causal == "top_left", enable_gqa=case.key_heads != case.H,
         ),
     )  # fmt: skip
 
@@ -90,12 +105,15 @@ def peers(case: AttentionCase | CacheCase) -> dict:
             "torch sdpa": lambda inputs: _decoded(case, inputs, grouped=False),
             "torch sdpa, heads as rows": lambda inputs: _decoded(case, inputs, grouped=True),
         }
-    if case.lengths is None:
-        return {"torch sdpa": lambda inputs: _sdpa(case, inputs)}
-    found = {"torch sdpa, padded": lambda inputs: _padded(case, inputs)}
-    if case.lengths[0] == case.lengths[1]:
-        found["torch sdpa, one by one"] = lambda inputs: _one_by_one(case, inputs)
-    return found
+    if case.lengths is not None:
+        found = {"torch sdpa, padded": lambda inputs: _padded(case, inputs)}
+        if case.lengths[0] == case.lengths[1]:
+            found["torch sdpa, one by one"] = lambda inputs: _one_by_one(case, inputs)
+        return found
+    if case.softcap or case.alibi or case.sinks:
+        return {"torch eager": lambda inputs: cases.call_torch(case, inputs)}
+    band = _band(case, "cuda" if torch.cuda.is_available() else "cpu")
+    return {"torch sdpa": lambda inputs: _sdpa(case, inputs, band)}
 
 
 def forward_peers(case: AttentionCase | CacheCase, device: str) -> dict:
