@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import llmkernels
+from llmkernels import functional
 from llmkernels.ops.attention import reference
 from llmkernels.testing.compare import compare_rows
 from llmkernels.testing.inputs import short_name
@@ -117,3 +119,9 @@ def test_kvcache_without_rows():
     arguments[0] = arguments[0][:, :, :0]
     out, row_max, log_sum = torch.ops.llmkernels_triton.attention_kvcache_fwd(*on_device(arguments))
     assert (out.shape, row_max.shape, log_sum.shape) == ((2, 4, 0, 16), (2, 4, 0), (2, 4, 0))
+
+
+def test_head_dims_that_no_tile_holds_are_refused():
+    x = torch.ones(1, 1, 2, 513, device=device_of("triton"))
+    with pytest.raises(llmkernels.NoBackendError, match="head_dim is 513, above 512"):
+        functional.scaled_dot_product_attention(x, x, x, backend="triton")

@@ -207,7 +207,7 @@ def _attention_merge_kernel(
 
 # (BLOCK_N, warps, stages) by the larger head dimension, padded to a power of two.
 _TILES = {
-    2: {64: (64, 4, 3), 128: (64, 4, 2), 256: (32, 4, 2), 512: (16, 4, 2)},
+    2: {64: (64, 4, 2), 128: (64, 4, 2), 256: (32, 4, 2), 512: (16, 4, 2)},
     4: {64: (32, 4, 2), 128: (16, 8, 1), 256: (16, 8, 1), 512: (16, 8, 1)},
 }
 
