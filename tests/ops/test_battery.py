@@ -7,6 +7,7 @@ import llmkernels
 from llmkernels import functional, ops
 from llmkernels.testing.battery import evaluate, failures, judge
 from llmkernels.testing.inputs import short_name
+from tests.ptxsim import backend as simulated
 
 FAMILIES = [ops.cases_of(name) for name in ops.FAMILIES]
 OPS = [pytest.param(cases, op, id=op) for cases in FAMILIES for op in cases.OPS]
@@ -47,6 +48,8 @@ def test_matches_fp64_truth_when_long(cases, case, backend, device, poison, cove
         pytest.skip(
             "triton: cases this long take minutes in the interpreter; test_triton_aot.py has short ones like them"
         )
+    if reason := simulated.too_slow(backend, getattr(case, "elements", 0)):
+        pytest.skip(reason)
     check(cases, case, backend, device, covers)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from llmkernels import functional
 from llmkernels.ops.attention import cases, reference
 from llmkernels.testing.battery import evaluate, failures, judge
 from tests.ptxsim import backend as simulated
@@ -167,6 +168,48 @@ def test_schedules_do_not_change_a_bit(case, backend, async_mode):
         with sim.device(seed=seed, async_mode=async_mode, check=seed == 1):
             for name, result in evaluate(cases, case, inputs, backend).items():
                 assert torch.equal(result, expected[name]), name
+
+
+def _filled(name: str, value: float):
+    def edit(tensors):
+        tensors[name][0, 0, 5] = value
+
+    return edit
+
+
+HARD = {
+    "nan_q": (_filled("q", torch.nan), {}),
+    "nan_k": (_filled("k", torch.nan), {"causal": "top_left"}),
+    "nan_v": (_filled("v", torch.nan), {"causal": "top_left"}),
+    "inf_k": (_filled("k", torch.inf), {}),
+    "large": (lambda tensors: tensors["q"].mul_(1e4), {}),
+    "tiny": (lambda tensors: tensors["v"].mul_(1e-20), {}),
+    "scale_negative": (None, {"scale": -0.3}),
+    "scale_zero": (None, {"scale": 0.0}),
+    "dropout_all": (None, {"dropout_p": 1.0}),
+    "sink_infinite": (None, {"sinks": torch.tensor([-torch.inf, 3.0]), "window": (0, 0)}),
+    "sink_nan": (None, {"sinks": torch.tensor([torch.nan, 3.0])}),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("name", HARD)
+def test_hard_values(name, dtype):
+    """NaN and Inf where the reference has them, of the plain kernels (bf16) and the general ones."""
+    edit, options = HARD[name]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {key: torch.randn(1, 2, 40, 16, generator=generator).to(dtype) for key in "qkv"}
+    if edit is not None:
+        edit(tensors)
+    found = []
+    for backend in ("cuda-sim-sm80", "torch"):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors.values()]
+        results = functional.scaled_dot_product_attention(*leaves, return_lse=True, backend=backend, **options)
+        grads = torch.autograd.grad(results, leaves, [torch.ones_like(result) for result in results])
+        found.append([x.detach().float() for x in (*results, *grads)])
+    rounding = 1e-4 if dtype == torch.float32 else 3e-2
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding, equal_nan=True)
 
 
 # Tiles end at 31, 32, 63, 64, ...; a warp's rows too. An entry of a window one off shows in one of these.

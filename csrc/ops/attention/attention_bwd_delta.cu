@@ -1,4 +1,4 @@
-// Attention backward: delta_i = dout_i . out_i - dlse_i, which every other kernel of the backward reads. One warp a row.
+// Attention backward: delta_i = dout_i . out_i - dlse_i, which every other kernel of the backward reads. A warp a row.
 #include "common/cuda/launch.h"
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/vec.cuh"
@@ -25,7 +25,8 @@ __device__ float partial_dot(const T* a, const T* b, int dim) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kAttentionSmallThreads) attention_bwd_delta_kernel(const __grid_constant__ DeltaArgs args) {
+__global__ void __launch_bounds__(kAttentionSmallThreads)
+    attention_bwd_delta_kernel(const __grid_constant__ DeltaArgs args) {
   const AttentionBwdParams& p = args.p;
   const int64_t row = int64_t{blockIdx.x} * (kAttentionSmallThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (row >= args.rows) return;

@@ -172,8 +172,8 @@ struct Dkv {
 const char* attention_bwd_dkv(const AttentionBwdParams& params, const AttentionPlan& plan, void* stream) {
   const AttentionTile tile = attention_bwd_tile(plan.row_bytes, plan.general);
   const BwdArgs args{params, static_cast<int>(ceil_div(params.in.T, tile.own)), plan.wide, plan.wide_out};
-  const Launch launched =
-      attention_launch(attention_dkv_blocks(params.in, plan), tile.threads(), attention_dkv_shared(plan.row_bytes, plan.general));
+  const int shared = attention_dkv_shared(plan.row_bytes, plan.general);
+  const Launch launched = attention_launch(attention_dkv_blocks(params.in, plan), tile.threads(), shared);
   return launch(choose_attention<Dkv>(params.in.dtype, plan), args, launched, stream);
 }
 

@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(BwdShape<T, kDim, true>::kThreads, 1)
   }
   for (int index = static_cast<int>(threadIdx.x); index < rows * columns; index += kThreads) {
     const int i = index / columns, j = index % columns;
-    const int64_t row = sizes[2] == 1 ? 0 : row_tiles.begin * kOwn + i, column = sizes[3] == 1 ? 0 : key_tiles.begin * kStream + j;
+    const int64_t row = sizes[2] == 1 ? 0 : row_tiles.begin * kOwn + i;
+    const int64_t column = sizes[3] == 1 ? 0 : key_tiles.begin * kStream + j;
     if (row >= sizes[2] || column >= sizes[3]) continue;
     const int64_t head = (sizes[0] == 1 ? 0 : batches.begin) * sizes[1] + (sizes[1] == 1 ? 0 : heads.begin);
     const int64_t at = (head * sizes[2] + row) * sizes[3] + column;

@@ -132,8 +132,8 @@ struct Dq {
 const char* attention_bwd_dq(const AttentionBwdParams& params, const AttentionPlan& plan, void* stream) {
   const AttentionTile tile = attention_bwd_tile(plan.row_bytes, plan.general);
   const BwdArgs args{params, static_cast<int>(ceil_div(params.in.S, tile.own)), plan.wide, plan.wide_out};
-  const Launch launched =
-      attention_launch(attention_dq_blocks(params.in, plan), tile.threads(), attention_dq_shared(plan.row_bytes, plan.general));
+  const int shared = attention_dq_shared(plan.row_bytes, plan.general);
+  const Launch launched = attention_launch(attention_dq_blocks(params.in, plan), tile.threads(), shared);
   return launch(choose_attention<Dq>(params.in.dtype, plan), args, launched, stream);
 }
 

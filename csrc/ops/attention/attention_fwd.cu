@@ -1,5 +1,6 @@
-// Attention forward in the style of FlashAttention-2 (Dao 2023, arXiv:2307.08691): a warp owns 16 queries of one head,
-// and its block walks over the keys, whose next tiles come in while these are used. Scores and output stay in registers.
+// Attention forward in the style of FlashAttention-2 (Dao 2023, arXiv:2307.08691): a warp owns 16 or 32 queries of a
+// head, and its block walks over the keys, whose next tiles come in while these are used. Scores and output stay in
+// registers.
 #include "common/cuda/launch.h"
 #include "ops/attention/attention_choose.cuh"
 #include "ops/attention/attention_cuda.h"
@@ -128,8 +129,8 @@ struct Forward {
 const char* attention_fwd(const AttentionFwdParams& params, const AttentionPlan& plan, void* stream) {
   const AttentionTile tile = attention_fwd_tile(plan.row_bytes, plan.general);
   const FwdArgs args{params, static_cast<int>(ceil_div(params.in.S, tile.own)), plan.wide, plan.wide_out};
-  const Launch launched =
-      attention_launch(attention_fwd_blocks(params.in, plan), tile.threads(), attention_fwd_shared(plan.row_bytes, plan.general));
+  const int shared = attention_fwd_shared(plan.row_bytes, plan.general);
+  const Launch launched = attention_launch(attention_fwd_blocks(params.in, plan), tile.threads(), shared);
   return launch(choose_attention<Forward>(params.in.dtype, plan), args, launched, stream);
 }
 

@@ -1,6 +1,6 @@
 // Attention of few queries against a cache: bounded by the reading of the cache, so the query heads that share a key
 // head are rows of one tile, each warp of a block takes a slice of the keys of every step, and several blocks split the
-// keys of a sequence (split-KV decoding: Dao et al. 2023, "Flash-Decoding"). What they found is merged in a fixed order.
+// keys of a sequence (split-KV decoding: Dao et al. 2023, "Flash-Decoding"). What they find is merged in a fixed order.
 #include "common/cuda/launch.h"
 #include "ops/attention/attention_choose.cuh"
 #include "ops/attention/attention_cuda.h"

@@ -12,16 +12,16 @@ constexpr int kAttentionMostDim = 256;                    // of a head; op.py re
 constexpr int64_t kAttentionMostRows = int64_t{1} << 28;  // so that positions and windows are sums of 32 bits
 constexpr int kAttentionOpen = 1 << 30;                   // a window entry that ends nothing
 
-// Rows of a block's tiles: `own` stay in shared memory (queries, or the keys whose gradients are summed), `stream` come
-// by in each step. A warp has 16 of the own rows, `row_tiles` times. All that a block keeps fits into the 99 KB of sm_86
-// and sm_89; of the plain kernels two blocks fit into the 164 KB of sm_80.
+// Rows of a block's tiles: `own` stay in shared memory (queries, or the keys whose gradients are summed), `stream`
+// come by in each step. A warp has 16 of the own rows, `row_tiles` times. All that a block keeps fits into the 99 KB of
+// sm_86 and sm_89; of the plain kernels two blocks fit into the 164 KB of sm_80.
 struct AttentionTile {
   int own, stream, row_tiles;
   constexpr int threads() const { return own / (16 * row_tiles) * 32; }
 };
 
-// By the bytes of a row. Forward: one own tile, and twice two of the stream. The plain kernels read every key once for 32
-// queries: with 16 shared memory, not the tensor cores, would be the limit.
+// By the bytes of a row. Forward: one own tile, and twice two of the stream. The plain kernels read every key once for
+// 32 queries: with 16, shared memory and not the tensor cores would be the limit.
 constexpr AttentionTile attention_fwd_tile(int row_bytes, bool general) {
   if (!general) return row_bytes <= 128 ? AttentionTile{128, 64, 2} : AttentionTile{128, 32, 2};
   return row_bytes <= 256   ? AttentionTile{64, 64, 1}
@@ -62,7 +62,8 @@ struct AttentionPlan {
 };
 
 inline bool attention_rows_are_wide(const void* pointer, const AttentionStrides& s, int64_t dim, DType dtype) {
-  return pointer == nullptr || (aligned(pointer, 16) && (s.batch | s.head | s.row | dim) * element_bytes(dtype) % 16 == 0);
+  const int64_t steps = s.batch | s.head | s.row | dim;  // a multiple of a power of two if each of them is
+  return pointer == nullptr || (aligned(pointer, 16) && steps * element_bytes(dtype) % 16 == 0);
 }
 
 inline AttentionPlan plan_attention(const AttentionInputs& in, bool wide_out) {
@@ -111,7 +112,8 @@ inline int64_t attention_dq_blocks(const AttentionInputs& in, const AttentionPla
   return in.B * in.H * ceil_div(in.S, attention_bwd_tile(plan.row_bytes, plan.general).own);
 }
 inline int64_t attention_dkv_blocks(const AttentionInputs& in, const AttentionPlan& plan) {
-  return in.B * in.Hk * ceil_div(in.T, attention_bwd_tile(plan.row_bytes, plan.general).own) * (plan.dim / attention_columns(plan.dim));
+  const int64_t tiles = ceil_div(in.T, attention_bwd_tile(plan.row_bytes, plan.general).own);
+  return in.B * in.Hk * tiles * (plan.dim / attention_columns(plan.dim));
 }
 inline int64_t attention_dmask_blocks(const AttentionBwdParams& p, const AttentionPlan& plan) {
   const AttentionTile tile = attention_bwd_tile(plan.row_bytes, true);

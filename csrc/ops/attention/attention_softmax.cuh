@@ -66,8 +66,8 @@ struct Softmax {
 template <class T, bool kPages>
 class CacheRows {
  public:
-  __device__ CacheRows(const AttentionInputs& in, const void* base, const AttentionStrides& s, const AttentionSpan& span,
-                       int b, int hk)
+  __device__ CacheRows(const AttentionInputs& in, const void* base, const AttentionStrides& s,
+                       const AttentionSpan& span, int b, int hk)
       : row_(s.row) {
     base_ = static_cast<const T*>(base) + hk * s.head;
     if (kPages && in.block_table != nullptr) {

@@ -1,6 +1,6 @@
-// Tiles of rows in shared memory, and the two products that attention is made of. A warp has 16
-// rows, or several times 16, which read the other factor once; an accumulator is laid out as that of mma.m16n8k16: with g = lane / 4 and t = lane % 4, elements 0 and 1 of tile n are row g and columns
-// 8 n + 2 t + {0, 1}, elements 2 and 3 the same of row g + 8.
+// Tiles of rows in shared memory, and the two products that attention is made of. A warp has 16 rows, or twice 16 that
+// read the other factor once; an accumulator is laid out as that of mma.m16n8k16: with g = lane / 4 and t = lane % 4,
+// elements 0 and 1 of tile n are row g and columns 8 n + 2 t + {0, 1}, elements 2 and 3 the same of row g + 8.
 //
 // float has the same layout, multiplied by FMAs: tensor cores would round its factors to 10 bits.
 #pragma once
@@ -109,7 +109,8 @@ struct Products {
 #pragma unroll
       for (int n = 0; n < kTiles; n += 2) {
         uint32_t right[4];
-        ptx::ldmatrix_x4(right, b_tile + swizzled<kChunks>(b_row + n * 8 + lane / 16 * 8 + lane % 8, chunk + lane / 8 % 2));
+        const int row = b_row + n * 8 + lane / 16 * 8 + lane % 8;
+        ptx::ldmatrix_x4(right, b_tile + swizzled<kChunks>(row, chunk + lane / 8 % 2));
         const uint32_t low[2] = {right[0], right[1]}, high[2] = {right[2], right[3]};
 #pragma unroll
         for (int m = 0; m < kRows; ++m) {
@@ -120,8 +121,8 @@ struct Products {
     }
   }
 
-  // d += p b: 16 kRows rows of weights in the layout of an accumulator, rounded to T, times 8 kTiles rows of tile b from
-  // `b_row` on, 8 kOut columns from `first_column` on.
+  // d += p b: 16 kRows rows of weights in the layout of an accumulator, rounded to T, times 8 kTiles rows of tile b
+  // from `b_row` on, 8 kOut columns from `first_column` on.
   template <int kDim, int kRows, int kTiles, int kOut>
   static __device__ void weighted(float (&d)[kRows][kOut][4], const float (&p)[kRows][kTiles][4],
                                   const unsigned char* b, int b_row, int first_column) {
@@ -169,8 +170,8 @@ struct Products<float> {
   }
 
   template <int kDim, int kRows, int kTiles>
-  static __device__ void scores(float (&sums)[kRows][kTiles][4], const unsigned char* a, int a_row, const unsigned char* b,
-                                int b_row) {
+  static __device__ void scores(float (&sums)[kRows][kTiles][4], const unsigned char* a, int a_row,
+                                const unsigned char* b, int b_row) {
     static_assert(kRows == 1);
     float(&d)[kTiles][4] = sums[0];
     constexpr int kChunks = kDim / 4;

@@ -53,6 +53,12 @@ class AttentionCase:
         return self.D if self.Dv is None else self.Dv
 
     @property
+    def elements(self) -> int:
+        """Scores of all heads: what the time of an interpreter grows with."""
+        pairs = [(self.S, self.T)] * self.B if self.lengths is None else zip(*self.lengths, strict=True)
+        return self.H * sum(rows * keys for rows, keys in pairs)
+
+    @property
     def option(self) -> str:
         """The word for this case in tests/coverage.toml."""
         if self.name is not None:
