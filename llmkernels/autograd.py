@@ -3,5 +3,13 @@
 from llmkernels.ops.gated.op import GatedFunction
 from llmkernels.ops.norm.op import LayerNormFunction, RMSNormFunction
 from llmkernels.ops.rope.op import RopeFunction, RopeInplaceFunction
+from llmkernels.ops.softmax.op import SoftmaxFunction
 
-__all__ = ["GatedFunction", "LayerNormFunction", "RMSNormFunction", "RopeFunction", "RopeInplaceFunction"]
+__all__ = [
+    "GatedFunction",
+    "LayerNormFunction",
+    "RMSNormFunction",
+    "RopeFunction",
+    "RopeInplaceFunction",
+    "SoftmaxFunction",
+]
