@@ -106,20 +106,24 @@ inline Acc largest_of(const S& scores, int64_t begin, int64_t end) {
   return most;
 }
 
-template <class T, class S, class Acc = AccOf<T>>
-inline double sum_of(const S& scores, int64_t begin, int64_t end, Acc top) {
+// The sum of exp(s - top), which `put(j, part, exp)` is shown.
+template <class T, class S, class Put, class Acc = AccOf<T>>
+inline double sum_of(const S& scores, int64_t begin, int64_t end, Acc top, Put&& put) {
   constexpr int64_t kStep = 4 * kLanes<Acc>;
   Vec<Acc> a{}, b{}, c{}, d{};
+  const auto add = [&](int64_t j, auto part, Vec<Acc>& total) {
+    const Vec<Acc> e = exp<Acc, kCoarse<T>>(scores(j, part) - top);
+    put(j, part, e);
+    total += part.template keep<Acc>(e);
+  };
   int64_t j = begin;
   for (; j + kStep <= end; j += kStep) {
-    a += exp<Acc, kCoarse<T>>(scores(j, Whole{}) - top);
-    b += exp<Acc, kCoarse<T>>(scores(j + kLanes<Acc>, Whole{}) - top);
-    c += exp<Acc, kCoarse<T>>(scores(j + 2 * kLanes<Acc>, Whole{}) - top);
-    d += exp<Acc, kCoarse<T>>(scores(j + 3 * kLanes<Acc>, Whole{}) - top);
+    add(j, Whole{}, a);
+    add(j + kLanes<Acc>, Whole{}, b);
+    add(j + 2 * kLanes<Acc>, Whole{}, c);
+    add(j + 3 * kLanes<Acc>, Whole{}, d);
   }
-  for_each_vector<Acc>(j, end, [&](int64_t i, auto part) {
-    a += part.template keep<Acc>(exp<Acc, kCoarse<T>>(scores(i, part) - top));
-  });
+  for_each_vector<Acc>(j, end, [&](int64_t i, auto part) { add(i, part, a); });
   return static_cast<double>(sum<Acc>((a + b) + (c + d)));
 }
 
@@ -135,9 +139,21 @@ inline RowSum<Acc> row_sum(const S& scores, int64_t cols) {
       row.top = most;
     }
     if (row.top == -kInfinity<Acc>) continue;  // nothing takes part yet
-    row.total += sum_of<T>(scores, begin, end, row.top);
+    row.total += sum_of<T>(scores, begin, end, row.top, [](int64_t, auto, Vec<Acc>) {});
   }
   return row;
+}
+
+// A row of one chunk: its exponentials are taken once and kept.
+template <class T, class S, class Acc = AccOf<T>>
+inline void softmax_short_row(const S& scores, int64_t cols, T* y) {
+  alignas(kVectorBytes) Acc kept[kChunk];
+  const Acc most = largest_of<T>(scores, 0, cols);
+  const bool dead = most == -kInfinity<Acc>;
+  const double total = sum_of<T>(scores, 0, cols, dead ? Acc{0} : most,
+                                 [&](int64_t j, auto part, Vec<Acc> e) { part.store(kept + j, e); });
+  const Acc factor = dead ? Acc{0} : static_cast<Acc>(1.0 / total);
+  for_each_vector<Acc>(0, cols, [&](int64_t j, auto part) { part.store(y + j, part.load(kept + j) * factor); });
 }
 
 template <class T, MaskKind kMask>
@@ -150,6 +166,10 @@ void fwd_rows(const SoftmaxFwdParams& p, int64_t begin, int64_t end) {
     Scores<T, kMask> scores{static_cast<const T*>(p.x) + row * p.x_row_stride, nullptr, static_cast<Acc>(p.scale)};
     if (kMask != MaskKind::kNone) {
       scores.mask = static_cast<const char*>(p.mask.data) + mask_offset(p.mask, row) * mask_bytes;
+    }
+    if (!p.log && cols <= kChunk) {
+      softmax_short_row<T>(scores, cols, y);
+      continue;
     }
     const RowSum<Acc> sums = row_sum<T>(scores, cols);
     const bool dead = sums.top == -kInfinity<Acc>;
