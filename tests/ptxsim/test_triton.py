@@ -8,6 +8,7 @@ import torch
 from llmkernels.ops.gated import cases as gated
 from llmkernels.ops.norm import cases
 from llmkernels.ops.rope import cases as rope
+from llmkernels.ops.softmax import cases as softmax
 from llmkernels.testing.battery import evaluate, failures, judge
 from tests.ptxsim import backend as simulated
 from tests.ptxsim import sim
@@ -49,6 +50,14 @@ ROPE = [
     rope.RopeCase("rope", (2, 2, 5000), torch.float32),
 ]
 
+# Every dtype, both ops, each kind of mask, within a block and beyond.
+SOFTMAX = [
+    softmax.SoftmaxCase("softmax", (5, 33), torch.float64, 0.5, "add"),
+    softmax.SoftmaxCase("softmax", (2, 3, 4, 40), torch.bfloat16, 0.5, "bool", (2, 1, 4, 40)),
+    softmax.SoftmaxCase("log_softmax", (6, 100), torch.float16, mask="add_fp32"),
+    softmax.SoftmaxCase("log_softmax", (2, 5000), torch.float32, data="offset"),
+]
+
 
 @pytest.fixture(params=NAMES)
 def backend(request) -> str:
@@ -68,6 +77,11 @@ def test_gated_matches_fp64_truth(case, backend):
 @pytest.mark.parametrize("case", ROPE, ids=str)
 def test_rope_matches_fp64_truth(case, backend):
     assert failures(judge(rope, case, backend)) == []
+
+
+@pytest.mark.parametrize("case", SOFTMAX, ids=str)
+def test_softmax_matches_fp64_truth(case, backend):
+    assert failures(judge(softmax, case, backend)) == []
 
 
 @pytest.mark.parametrize("op", ("layer_norm", "add_rms_norm"))
