@@ -5,6 +5,7 @@ from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms
 from llmkernels.ops.rope.cache import rope_cache
 from llmkernels.ops.rope.op import rope, rope_
 from llmkernels.ops.softmax.op import log_softmax, softmax
+from llmkernels.ops.softmax.sample import sample
 
 __all__ = [
     "add_layer_norm",
@@ -17,6 +18,7 @@ __all__ = [
     "rope",
     "rope_",
     "rope_cache",
+    "sample",
     "softmax",
     "swiglu",
 ]
