@@ -52,10 +52,9 @@ def main() -> None:
                 }
                 times = interleave(candidates, "cpu", arguments.seconds)
                 ours, theirs = (summary(times[name])["median"] for name in candidates)
-                times_faster = ratio(times["usual"], times["llmkernels"])
-                print(
-                    f"{rows:>3} x {VOCABULARY} {dtype} {options}: {ours:.3f} ms, usual {theirs:.3f} ms, {times_faster:.1f}x"
-                )
+                faster = ratio(times["usual"], times["llmkernels"])
+                case = f"{rows:>3} x {VOCABULARY} {dtype} {options}"
+                print(f"{case}: {ours:.3f} ms, usual {theirs:.3f} ms, {faster:.1f}x")
 
 
 if __name__ == "__main__":
