@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from llmkernels import functional
 from llmkernels.ops.gated import cases as gated
 from llmkernels.ops.norm import cases
 from llmkernels.ops.rope import cases as rope
@@ -82,6 +83,17 @@ def test_rope_matches_fp64_truth(case, backend):
 @pytest.mark.parametrize("case", SOFTMAX, ids=str)
 def test_softmax_matches_fp64_truth(case, backend):
     assert failures(judge(softmax, case, backend)) == []
+
+
+@pytest.mark.parametrize("options", ({"temperature": 0.0}, {"top_k": 9, "top_p": 0.8, "min_p": 0.02}), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_sample_agrees_with_sorting(dtype, options, backend):
+    logits = (torch.randn(3, 100, generator=torch.Generator().manual_seed(1)) * 2.0).to(dtype)
+    ours, theirs = (
+        functional.sample(logits, **options, generator=torch.Generator().manual_seed(2), backend=name)
+        for name in (backend, "torch")
+    )
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("op", ("layer_norm", "add_rms_norm"))

@@ -79,7 +79,7 @@ def sample(
         top_p: of these, as few of the most probable as have this share of their sum, and what equals the last of them.
         min_p: only what has at least this share of the largest probability.
         generator: draws one number for each row; default: torch's.
-        backend: "cuda" | "cpu" | "torch"; default: the first that can run this call.
+        backend: "cuda" | "triton" | "cpu" | "torch"; default: the first that can run this call.
     Returns: `[*]`, int64. The same for a seed on every backend but for rounding, and for any number of threads.
     Raises: ValueError or TypeError, an argument is out of range, or on a CPU a row has a NaN or +inf or only -inf: a
         row for which -1 is returned on a GPU. NoBackendError, a forced backend cannot run this call.
@@ -106,6 +106,9 @@ def sample(
     return chosen.fwd(logits, u, float(temperature), top_k, float(top_p), float(min_p))
 
 
+_op.lazy_triton("llmkernels.ops.softmax.sample_triton", ("sample_tokens",))
+
+
 def _entry(name: str, kernel, why_not) -> registry.Backend:
     """There is no backward, and nobody calls one: the forward stands in its place."""
     return registry.Backend("sample", name, kernel, kernel, why_not)
@@ -115,6 +118,7 @@ registry.register(
     "sample",
     _entry("cuda", _op.kernel("cuda", "sample_tokens"), _op.cuda_why_not),
     _entry("cpu", _op.kernel("cpu", "sample_tokens"), _op.cpu_why_not),
+    _entry("triton", _op.kernel("triton", "sample_tokens"), _op.triton_why_not),
     _entry("torch", sample_tokens, lambda *_: None),
     _entry(registry.PORTABLE, torch.ops.llmkernels.sample_tokens.default, lambda *_: None),
 )

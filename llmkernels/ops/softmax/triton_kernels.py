@@ -10,6 +10,7 @@ import triton.language as tl
 
 from llmkernels._dtypes import accumulate_dtype
 from llmkernels._triton import TL_DTYPE, as_rows, cast, split_scalar
+from llmkernels.ops.softmax import sample_triton
 
 MAX_BLOCK = 4096  # columns at a time: 16 values a thread with 8 warps
 MASK_DIMS = 4
@@ -199,6 +200,7 @@ def softmax_bwd(dy, y, scale, log, wanted):
 
 def configurations():
     """For testing/triton_aot.py: every block size and flag, and every dtype at least once."""
+    yield from sample_triton.configurations()
     dtypes = ("bf16", "fp16", "fp32", "fp64")
     for index, cols in enumerate((16, 64, 256, 1024, 2048, 4096, 4097)):
         block, warps = config(cols)
