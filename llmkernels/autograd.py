@@ -6,6 +6,7 @@ from llmkernels.ops.cross_entropy.op import CrossEntropyFunction
 from llmkernels.ops.gated.op import GatedFunction
 from llmkernels.ops.norm.op import LayerNormFunction, RMSNormFunction
 from llmkernels.ops.rope.op import RopeFunction, RopeInplaceFunction
+from llmkernels.ops.softmax.op import SoftmaxFunction
 
 __all__ = [
     "AttentionFunction",
@@ -16,4 +17,5 @@ __all__ = [
     "RMSNormFunction",
     "RopeFunction",
     "RopeInplaceFunction",
+    "SoftmaxFunction",
 ]

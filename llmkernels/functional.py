@@ -10,6 +10,8 @@ from llmkernels.ops.gated.op import geglu, reglu, swiglu
 from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from llmkernels.ops.rope.cache import rope_cache
 from llmkernels.ops.rope.op import rope, rope_
+from llmkernels.ops.softmax.op import log_softmax, softmax
+from llmkernels.ops.softmax.sample import sample
 
 __all__ = [
     "add_layer_norm",
@@ -20,12 +22,15 @@ __all__ = [
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
+    "log_softmax",
     "merge_attention",
     "reglu",
     "rms_norm",
     "rope",
     "rope_",
     "rope_cache",
+    "sample",
     "scaled_dot_product_attention",
+    "softmax",
     "swiglu",
 ]

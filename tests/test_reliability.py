@@ -16,6 +16,7 @@ from llmkernels import _native, functional
 from llmkernels.ops.gated import cases as gated
 from llmkernels.ops.norm import cases
 from llmkernels.ops.rope import cases as rope
+from llmkernels.ops.softmax import cases as softmax
 from llmkernels.testing.battery import evaluate
 
 cpu = pytest.mark.skipif(_native.why_absent("cpu") is not None, reason=f"cpu: {_native.why_absent('cpu')}")
@@ -88,7 +89,9 @@ THREADED = [
 
 
 @cpu
-@pytest.mark.parametrize("cases, case", THREADED, ids=lambda value: "" if value in (cases, gated, rope) else str(value))
+@pytest.mark.parametrize(
+    "cases, case", THREADED, ids=lambda value: "" if value in (cases, gated, rope, softmax) else str(value)
+)
 def test_bitwise_equal_for_any_thread_count(cases, case):
     inputs = cases.make_inputs(case)
     threads, results = torch.get_num_threads(), []

@@ -42,6 +42,8 @@ def run(args) -> int:
     keep_freed_memory()
     console = make_console()
     work = runner.plan(runner.families(args.op, args.family), full=args.full, dtype=args.dtype)
+    if not work:
+        raise UsageError(f"{args.op or 'no op'} has no case to time with these arguments")
     settings = {"seconds": args.seconds, "compiled": not args.no_compile, "cold": args.cold}
     results = [
         runner.measure(*item, args.device, **settings)

@@ -58,6 +58,8 @@ def _name(dtype: torch.dtype) -> str:
 def run(args) -> int:
     console = make_console()
     chosen = _selected(args)
+    if not chosen:
+        raise UsageError(f"{args.op or 'no op'} has no case to check with these arguments")
     backends = (args.backend,) if args.backend else registry.BACKENDS
     worst: dict[tuple[str, str, str], list] = {}
     refused: dict[tuple[str, str], str] = {}

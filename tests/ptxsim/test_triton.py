@@ -5,11 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from llmkernels import functional
 from llmkernels.ops.attention import cases as attention
 from llmkernels.ops.attention import reference
 from llmkernels.ops.gated import cases as gated
 from llmkernels.ops.norm import cases
 from llmkernels.ops.rope import cases as rope
+from llmkernels.ops.softmax import cases as softmax
 from llmkernels.testing.battery import evaluate, failures, judge
 from tests.ptxsim import backend as simulated
 from tests.ptxsim import sim
@@ -49,6 +51,14 @@ ROPE = [
     rope.RopeCase("rope_", (2, 3, 5, 10), torch.float32, interleaved=True, positions="int32"),
     rope.RopeCase("rope_", (2, 3, 5, 48), torch.bfloat16, rotary=16, seq_dim=-3),
     rope.RopeCase("rope", (2, 2, 5000), torch.float32),
+]
+
+# Every dtype, both ops, each kind of mask, within a block and beyond.
+SOFTMAX = [
+    softmax.SoftmaxCase("softmax", (5, 33), torch.float64, 0.5, "add"),
+    softmax.SoftmaxCase("softmax", (2, 3, 4, 40), torch.bfloat16, 0.5, "bool", (2, 1, 4, 40)),
+    softmax.SoftmaxCase("log_softmax", (6, 100), torch.float16, mask="add_fp32"),
+    softmax.SoftmaxCase("log_softmax", (2, 5000), torch.float32, data="offset"),
 ]
 
 
@@ -113,6 +123,22 @@ def test_attention_to_a_cache(page, backend, whole_tiles):
     results = namespace.attention_kvcache_fwd(*arguments)
     for got, want in zip(results, reference.attention_kvcache_fwd(*arguments), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("case", SOFTMAX, ids=str)
+def test_softmax_matches_fp64_truth(case, backend):
+    assert failures(judge(softmax, case, backend)) == []
+
+
+@pytest.mark.parametrize("options", ({"temperature": 0.0}, {"top_k": 9, "top_p": 0.8, "min_p": 0.02}), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_sample_agrees_with_sorting(dtype, options, backend):
+    logits = (torch.randn(3, 100, generator=torch.Generator().manual_seed(1)) * 2.0).to(dtype)
+    ours, theirs = (
+        functional.sample(logits, **options, generator=torch.Generator().manual_seed(2), backend=name)
+        for name in (backend, "torch")
+    )
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("op", ("layer_norm", "add_rms_norm"))
