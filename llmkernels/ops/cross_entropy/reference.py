@@ -54,8 +54,8 @@ def losses(input: Tensor, target: Tensor, weight: Tensor | None, settings: Setti
     if settings.z_loss:
         loss = loss + settings.z_loss * torch.logsumexp(u, -1).square()
     if not target.is_floating_point():
-        loss = torch.where((target >= 0) & (target < classes), loss, float("nan"))
-        loss = torch.where(target == settings.ignore_index, 0.0, loss)
+        loss = loss.masked_fill((target < 0) | (target >= classes), float("nan"))
+        loss = loss.masked_fill(target == settings.ignore_index, 0.0)
     return loss
 
 
