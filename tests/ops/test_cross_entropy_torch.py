@@ -53,7 +53,12 @@ def test_functorch(layer, options):
         expected = transform(formula)
         for function in (ours, unfused):
             torch.testing.assert_close(  # the tangents of torch's own are fp64
-                transform(function), expected, rtol=1e-4, atol=1e-5, check_dtype=False, msg=lambda m, name=name: f"{name}: {m}"
+                transform(function),
+                expected,
+                rtol=1e-4,
+                atol=1e-5,
+                check_dtype=False,
+                msg=lambda m, name=name: f"{name}: {m}",
             )
 
 
@@ -64,7 +69,9 @@ def test_second_order(op, reduction, target, backend, device):
     if backend == "triton" and device == "cpu":
         pytest.skip("triton: its interpreter is slow, and the second order is plain PyTorch")
     layer = {"hidden": 3, "bias": True} if op == "linear_cross_entropy" else {}
-    case = CrossEntropyCase(op, (3, 5), torch.float64, target=target, weight=True, reduction=reduction, **layer, **OPTIONS)
+    case = CrossEntropyCase(
+        op, (3, 5), torch.float64, target=target, weight=True, reduction=reduction, **layer, **OPTIONS
+    )
     inputs = cases.make_inputs(case, device)
     names = inputs.leaf_names()
     function = lambda *tensors: cases.call(case, inputs.replace(**dict(zip(names, tensors, strict=True))), backend)
@@ -156,7 +163,7 @@ def test_autocast_gives_the_dtypes_of_torch(layer):
 
 
 def test_compiled_with_dynamic_rows_and_without_a_look_at_indices(layer):
-    input, weight, bias, index = layer
+    input, _, _, index = layer
     torch._dynamo.reset()
     compiled = torch.compile(lambda *t: functional.cross_entropy(*t), fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (6, 4):
@@ -187,7 +194,8 @@ def test_bad_arguments_have_one_clear_message(layer):
         (ValueError, "label_smoothing is nan", lambda: loss(x, i, label_smoothing=float("nan"))),
         (ValueError, "z_loss is -1.0, expected a number that is not negative", lambda: loss(x, i, z_loss=-1.0)),
         (ValueError, "softcap is -2.0, expected a positive number, or 0", lambda: loss(x, i, softcap=-2.0)),
-        (ValueError, "ignore_index is 3, expected a negative one with probabilities", lambda: loss(x, x, ignore_index=3)),
+        (ValueError, "ignore_index is 3, expected a negative one with probabilities", 
+         lambda: loss(x, x, ignore_index=3)),
         (ValueError, "unknown backend 'gpu'", lambda: loss(x, i, backend="gpu")),
         (llmkernels.NoBackendError, "cuda: input is on the CPU", lambda: loss(x, i, backend="cuda")),
         (ValueError, r"linear_weight has shape \(24, 8\), expected \(24, 16\)", lambda: linear(x, w[:, :8], i)),
@@ -197,7 +205,8 @@ def test_bad_arguments_have_one_clear_message(layer):
         (ValueError, r"linear_cross_entropy: target has shape \(6, 16\), expected \(6, 24\)", lambda: linear(x, w, x)),
         (ValueError, r"linear_cross_entropy: softcap is inf", lambda: linear(x, w, i, softcap=float("inf"))),
         (ValueError, "CrossEntropyLoss: z_loss is -1", lambda: nn.CrossEntropyLoss(z_loss=-1.0)),
-        (ValueError, "LinearCrossEntropyLoss: reduction is 'x'", lambda: nn.LinearCrossEntropyLoss(4, 8, reduction="x")),
+        (ValueError, "LinearCrossEntropyLoss: reduction is 'x'", 
+         lambda: nn.LinearCrossEntropyLoss(4, 8, reduction="x")),
         (ValueError, r"LinearCrossEntropyLoss: weight has shape \(4,\), expected \(8,\)",
          lambda: nn.LinearCrossEntropyLoss(4, 8, weight=torch.ones(4))),
     ]  # fmt: skip
@@ -234,7 +243,9 @@ def test_modules_are_torchs():
     weight, index = torch.rand(24), torch.randint(24, (6,))
     given = {"weight": weight, "ignore_index": 3, "reduction": "sum", "label_smoothing": 0.1}
     logits = torch.randn(6, 24)
-    torch.testing.assert_close(nn.CrossEntropyLoss(**given)(logits, index), torch.nn.CrossEntropyLoss(**given)(logits, index))
+    torch.testing.assert_close(
+        nn.CrossEntropyLoss(**given)(logits, index), torch.nn.CrossEntropyLoss(**given)(logits, index)
+    )
     module = nn.CrossEntropyLoss(z_loss=0.1, softcap=2.0)
     assert isinstance(module, torch.nn.CrossEntropyLoss) and "z_loss=0.1, softcap=2.0" in repr(module)
     module = nn.LinearCrossEntropyLoss(16, 24, bias=True, z_loss=0.1, **given)

@@ -36,7 +36,11 @@ def small_cross_entropy(case):
     return dataclasses.replace(case, shape=(max(1, min(batch[0], ELEMENTS // classes)), classes))
 
 
-SMALL = {"cross_entropy": small_cross_entropy, "norm": small_norm, "gated": small_gated}  # family -> the small version of one of its benchmarks' cases
+SMALL = {
+    "cross_entropy": small_cross_entropy,
+    "norm": small_norm,
+    "gated": small_gated,
+}  # family -> the small version of one of its benchmarks' cases
 
 
 def count(backend: str, op: str | None) -> dict[str, collections.Counter]:

@@ -210,9 +210,9 @@ def cross_entropy(
         backend: "cuda" | "triton" | "cpu" | "torch"; default: the first that can run this call.
     Returns: the loss in the dtype of `input` (under autocast fp32), summed in fp32 (fp64 for fp64) and rounded once.
         The backward reads the logits again; neither direction changes them.
-    Raises: ValueError or TypeError, shapes, devices, dtypes or options do not fit; IndexError, an index on the CPU is no
-        class (on a GPU, and in compiled code, the loss and the gradient of its row are NaN); NoBackendError, a forced
-        backend cannot run this call (the message says why).
+    Raises: ValueError or TypeError, shapes, devices, dtypes or options do not fit; IndexError, an index on the CPU is
+        no class (on a GPU, and in compiled code, the loss and the gradient of its row are NaN); NoBackendError, a
+        forced backend cannot run this call (the message says why).
     Reference: Szegedy et al. 2015, arXiv:1512.00567 (smoothing); Chowdhery et al. 2022, arXiv:2204.02311 (z-loss);
         Gemma Team 2024, arXiv:2408.00118 (softcap).
     """
@@ -221,7 +221,9 @@ def cross_entropy(
     check_float(op, "input", input)
     axis = 1 if input.dim() > 1 else 0
     if input.dim() == 0 or input.shape[axis] == 0:
-        raise ValueError(f"{op}: input has shape {tuple(input.shape)}, expected [N, C, ...] or [C] with a class or more")
+        raise ValueError(
+            f"{op}: input has shape {tuple(input.shape)}, expected [N, C, ...] or [C] with a class or more"
+        )
     classes = input.shape[axis]
     batch = (*input.shape[:axis], *input.shape[axis + 1 :])
     target = prepared_target(op, target, batch, tuple(input.shape), input, ignore_index)
@@ -231,7 +233,9 @@ def cross_entropy(
     rows = _as_rows(input, axis, classes)
     target = _as_rows(target, axis, classes) if target.is_floating_point() else target.reshape(-1)
     dtype = accumulate_dtype(input.dtype) if torch.is_autocast_enabled(input.device.type) else input.dtype
-    loss = of_rows(rows, target, weight, reduction, Settings(ignore_index, label_smoothing, z_loss, softcap), dtype, backend)
+    loss = of_rows(
+        rows, target, weight, reduction, Settings(ignore_index, label_smoothing, z_loss, softcap), dtype, backend
+    )
     return loss.view(batch) if reduction == "none" else loss
 
 
@@ -248,7 +252,9 @@ def of_rows(rows, target, weight, reduction, settings, dtype, backend):
     if needs_grad(rows, target):
         return CrossEntropyFunction.apply(rows, target, weight, reduction, settings, dtype, chosen.name)
     loss, _, _ = chosen.fwd(rows, target, weight, None, *settings)
-    divisor = reference.denominator(target, weight, rows.shape[0], settings.ignore_index) if reduction == "mean" else None
+    divisor = (
+        reference.denominator(target, weight, rows.shape[0], settings.ignore_index) if reduction == "mean" else None
+    )
     return reference.reduced(loss, divisor, reduction).to(dtype)
 
 

@@ -46,8 +46,10 @@ def _capped(x, cap, ACC: tl.constexpr):
     size = tl.abs(y)
     e = tl.exp(-2.0 * size)
     y2 = y * y
-    if ACC == tl.float64:
-        near = 1.0 + y2 / (3.0 + y2 / (5.0 + y2 / (7.0 + y2 / (9.0 + y2 / (11.0 + y2 / (13.0 + y2 / (15.0 + y2 / 17.0)))))))
+    if tl.float64 == ACC:
+        near = 1.0 + y2 / (
+            3.0 + y2 / (5.0 + y2 / (7.0 + y2 / (9.0 + y2 / (11.0 + y2 / (13.0 + y2 / (15.0 + y2 / 17.0))))))
+        )
         near = size / near
     else:
         near = size * (945.0 + y2 * (105.0 + y2)) / (945.0 + y2 * (420.0 + 15.0 * y2))
