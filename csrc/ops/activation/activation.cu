@@ -43,8 +43,9 @@ __global__ void __launch_bounds__(kGatedThreads) activation_fwd_kernel(const Act
   });
 }
 
+// Four blocks of a multiprocessor: ptxas otherwise squeezes one of these kernels into 32 registers, and spills.
 template <class T, Activation kActivation, int kVec>
-__global__ void __launch_bounds__(kGatedThreads) activation_bwd_kernel(const ActivationBwdParams p) {
+__global__ void __launch_bounds__(kGatedThreads, 4) activation_bwd_kernel(const ActivationBwdParams p) {
   const int64_t first = int64_t{blockIdx.y} * blockDim.y + threadIdx.y, step = int64_t{gridDim.y} * blockDim.y;
   for_each_column(p.cols / kVec, [&](int64_t index) {
     Acc<T> bias[kVec];

@@ -146,7 +146,7 @@ def cross_entropy_bwd(dloss, input, target, weight, stats, ignore_index, label_s
 
 
 def cross_entropy_dtarget(dloss, input, target, weight, stats, settings):
-    """The gradient of probabilities, `[rows, C]`: (1 - s) w_c (lse - u_c). Seldom wanted: all backends have this one."""
+    """The gradient of probabilities, `[rows, C]`: (1 - s) w_c (lse - u_c). Seldom wanted, so backends share it."""
     u = capped(input.to(stats.dtype), settings.softcap)
     distance = (stats[1].unsqueeze(-1) - (u - stats[0].unsqueeze(-1))) * (1.0 - settings.label_smoothing)
     if weight is not None:
