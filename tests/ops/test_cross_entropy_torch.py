@@ -12,6 +12,10 @@ import llmkernels
 from llmkernels import functional, nn
 from llmkernels.ops.cross_entropy import cases
 from llmkernels.ops.cross_entropy.cases import CrossEntropyCase
+from llmkernels.testing.battery import evaluate
+from llmkernels.testing.inputs import short_name
+
+cpu = pytest.mark.skipif(llmkernels.backends()["cpu"] is not None, reason=f"cpu: {llmkernels.backends()['cpu']}")
 
 OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0}
 
@@ -271,3 +275,28 @@ def test_targets_of_every_integer_type_and_strange_layouts():
     torch.testing.assert_close(functional.cross_entropy(logits.t().contiguous().t(), spread), expected)
     soft = torch.softmax(torch.randn(6, 40), 0).t()
     torch.testing.assert_close(functional.cross_entropy(logits, soft), torch_functional.cross_entropy(logits, soft))
+
+
+@cpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=short_name)
+def test_bitwise_equal_for_any_thread_count(dtype):
+    case = CrossEntropyCase("cross_entropy", (517, 200), dtype, label_smoothing=0.1, reduction="none")
+    inputs, threads, results = cases.make_inputs(case), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append(evaluate(cases, case, inputs, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+@cpu
+def test_more_than_two_to_the_31_elements():
+    """Rows that all lie on the same memory, so that the logits take none."""
+    rows, classes = 2**19 + 3, 2**12
+    row, index = torch.randn(1, classes).bfloat16(), torch.randint(classes, (rows,))
+    loss = functional.cross_entropy(row.expand(rows, classes), index, reduction="none", backend="cpu")
+    for place in (0, 2**18 + 1, rows - 1):
+        assert loss[place] == functional.cross_entropy(row, index[place : place + 1], backend="cpu")

@@ -37,6 +37,7 @@ def small_cross_entropy(case):
 
 
 SMALL = {
+    "activation": small_gated,
     "cross_entropy": small_cross_entropy,
     "norm": small_norm,
     "gated": small_gated,

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from llmkernels.ops.activation import cases as activation
 from llmkernels.ops.cross_entropy import cases as cross_entropy
 from llmkernels.ops.gated import cases as gated
 from llmkernels.ops.norm import cases
@@ -51,6 +52,15 @@ CROSS_ENTROPY = [
 ]
 
 
+# Every dtype and activation, with a bias and without, more rows than a sum takes.
+ACTIVATION = [
+    activation.ActivationCase("silu", (5, 33), torch.float64),
+    activation.ActivationCase("gelu", (35, 40), torch.bfloat16),
+    activation.ActivationCase("gelu", (3, 1025), torch.float16, approximate="tanh"),
+    activation.ActivationCase("silu", (3, 4, 40), torch.float32, bias=False),
+]
+
+
 @pytest.fixture(params=NAMES)
 def backend(request) -> str:
     return request.param
@@ -69,6 +79,11 @@ def test_gated_matches_fp64_truth(case, backend):
 @pytest.mark.parametrize("case", CROSS_ENTROPY, ids=str)
 def test_cross_entropy_matches_fp64_truth(case, backend):
     assert failures(judge(cross_entropy, case, backend)) == []
+
+
+@pytest.mark.parametrize("case", ACTIVATION, ids=str)
+def test_activation_matches_fp64_truth(case, backend):
+    assert failures(judge(activation, case, backend)) == []
 
 
 @pytest.mark.parametrize("op", ("layer_norm", "add_rms_norm"))
