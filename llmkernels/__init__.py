@@ -1,9 +1,10 @@
 """Kernels for language models that drop into PyTorch: every kernel, every backend, proven, explained, undoable."""
 
-from llmkernels import autograd, functional, nn
+from llmkernels import autograd, compat, functional, nn
 from llmkernels._explain import backends, explain
 from llmkernels.accelerate import accelerate, accelerated, restore
 from llmkernels.registry import NoBackendError, use_backend
+from llmkernels.sdpa_hook import disable_sdpa, enable_sdpa
 
 __version__ = "0.1.0"
 
@@ -13,6 +14,9 @@ __all__ = [
     "accelerated",
     "autograd",
     "backends",
+    "compat",
+    "disable_sdpa",
+    "enable_sdpa",
     "explain",
     "functional",
     "nn",

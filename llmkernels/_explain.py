@@ -18,11 +18,13 @@ class _Asked(Exception):
 def explain(op: str, *args, **kwargs) -> registry.Explanation:
     """Which backend would run `llmkernels.functional.<op>(*args, **kwargs)`, and why each other one would not.
 
-    Nothing is computed. Prints as one line per backend. Raises ValueError for an unknown op, and what the function
-    itself raises for bad arguments.
+    Nothing is computed, written or drawn. Prints as one line per backend. Raises ValueError for an unknown op, and what
+    the function itself raises for bad arguments.
     """
     function: Callable = getattr(functional, op) if op in registry.ops() else registry.entries(op)
-    with registry.observe(lambda *call: _raise(_Asked(registry.explain_call(*call)))):
+    generators = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    asking = registry.observe(lambda *call: _raise(_Asked(registry.explain_call(*call))))
+    with torch.random.fork_rng(generators), asking:  # dropout draws its seed before it asks
         try:
             function(*args, **kwargs)
         except _Asked as asked:

@@ -22,7 +22,7 @@ KERNEL_NAMESPACES = ("cuda", "triton", "cpu")
 # A Library owns its registrations: they end when it is garbage-collected, so these live as long as the package.
 _libraries = {
     name: torch.library.Library(name, "FRAGMENT")
-    for name in ("llmkernels", *(f"llmkernels_{backend}" for backend in KERNEL_NAMESPACES))
+    for name in ("llmkernels", *(f"llmkernels_{backend}" for backend in (*KERNEL_NAMESPACES, "torch")))
 }
 
 
@@ -32,9 +32,20 @@ def define_kernel(name: str, schema: str, fake: Callable, portable: Callable) ->
     `fake` computes shapes and dtypes; `portable` is the run-time behaviour of `llmkernels::<name>`.
     """
     for namespace, library in _libraries.items():
+        if namespace == "llmkernels_torch":
+            continue
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     _libraries["llmkernels"].impl(name, portable, "CompositeExplicitAutograd")
+
+
+def opaque_reference(name: str, function: Callable) -> Callable:
+    """Plain PyTorch as an op, for a reference that a compiler cannot trace: one that reads values of its tensors."""
+    known, library = kernel("cpu", name), _libraries["llmkernels_torch"]
+    library.define(str(known._schema).split("::", 1)[1], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"llmkernels_torch::{name}", lambda *args: known(*args), lib=library)
+    library.impl(name, function, "CompositeExplicitAutograd")
+    return kernel("torch", name)
 
 
 def define_public(name: str, schema: str, function: Callable) -> None:
@@ -122,12 +133,26 @@ def triton_why_not(x: torch.Tensor, *_: torch.Tensor | None) -> str | None:
 _WHY_NOT = {"cuda": cuda_why_not, "cpu": cpu_why_not, "triton": triton_why_not}
 
 
-def backends(op: str, fwd: str, bwd: str, reference_fwd: Callable, reference_bwd: Callable) -> list[Backend]:
+def backends(
+    op: str,
+    fwd: str,
+    bwd: str | None,
+    reference_fwd: Callable,
+    reference_bwd: Callable | None,
+    *,
+    refuse: dict[str, Callable] | None = None,
+) -> list[Backend]:
     """The usual backends of `op`, best first, from the names of its kernel ops and its plain-PyTorch functions.
 
-    `cpu` stands before `triton` only so that Triton's interpreter, far slower, is never preferred for CPU tensors.
+    Those of the backward are None where an op has none. `refuse` has for some backends a `refuses` of the op's own,
+    asked where `why_not` has nothing to say. `cpu` stands before `triton` only so that Triton's interpreter, far
+    slower, is never preferred for CPU tensors.
     """
-    entries = [Backend(op, name, kernel(name, fwd), kernel(name, bwd), why) for name, why in _WHY_NOT.items()]
+    own = refuse or {}
+    entries = [
+        Backend(op, name, kernel(name, fwd), bwd and kernel(name, bwd), why, own.get(name))
+        for name, why in _WHY_NOT.items()
+    ]
     entries.append(Backend(op, "torch", reference_fwd, reference_bwd, lambda *_: None))
-    portable = (getattr(torch.ops.llmkernels, name).default for name in (fwd, bwd))
+    portable = (name and getattr(torch.ops.llmkernels, name).default for name in (fwd, bwd))
     return [*entries, Backend(op, PORTABLE, *portable, lambda *_: None)]

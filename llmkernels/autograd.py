@@ -1,16 +1,21 @@
 """The torch.autograd.Functions themselves, for people who write their own modules: `X.apply(...)`."""
 
 from llmkernels.ops.activation.op import ActivationFunction
+from llmkernels.ops.attention.op import AttentionFunction
 from llmkernels.ops.cross_entropy.linear_op import LinearCrossEntropyFunction
 from llmkernels.ops.cross_entropy.op import CrossEntropyFunction
 from llmkernels.ops.gated.op import GatedFunction
 from llmkernels.ops.norm.op import LayerNormFunction, RMSNormFunction
+from llmkernels.ops.rope.op import RopeFunction, RopeInplaceFunction
 
 __all__ = [
     "ActivationFunction",
+    "AttentionFunction",
     "CrossEntropyFunction",
     "GatedFunction",
     "LayerNormFunction",
     "LinearCrossEntropyFunction",
     "RMSNormFunction",
+    "RopeFunction",
+    "RopeInplaceFunction",
 ]

@@ -1,21 +1,34 @@
 """The functional surface: torch.nn.functional's signatures, plus keyword-only extras (`backend=` everywhere)."""
 
 from llmkernels.ops.activation.op import gelu, silu
+from llmkernels.ops.attention.kvcache import attention_kvcache
+from llmkernels.ops.attention.merge import merge_attention
+from llmkernels.ops.attention.sdpa import scaled_dot_product_attention
+from llmkernels.ops.attention.varlen import attention_varlen
 from llmkernels.ops.cross_entropy.linear_op import linear_cross_entropy
 from llmkernels.ops.cross_entropy.op import cross_entropy
 from llmkernels.ops.gated.op import geglu, reglu, swiglu
 from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from llmkernels.ops.rope.cache import rope_cache
+from llmkernels.ops.rope.op import rope, rope_
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "attention_kvcache",
+    "attention_varlen",
     "cross_entropy",
     "geglu",
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
+    "merge_attention",
     "reglu",
     "rms_norm",
+    "rope",
+    "rope_",
+    "rope_cache",
+    "scaled_dot_product_attention",
     "silu",
     "swiglu",
 ]

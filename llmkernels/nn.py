@@ -1,7 +1,17 @@
 """Modules with the constructors and state_dicts of torch.nn's, or of the models that have them."""
 
+from llmkernels.ops.attention.module import MultiheadAttention
 from llmkernels.ops.cross_entropy.module import CrossEntropyLoss, LinearCrossEntropyLoss
 from llmkernels.ops.gated.module import SwiGLU
 from llmkernels.ops.norm.module import LayerNorm, RMSNorm
+from llmkernels.ops.rope.module import RotaryEmbedding
 
-__all__ = ["CrossEntropyLoss", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm", "SwiGLU"]
+__all__ = [
+    "CrossEntropyLoss",
+    "LayerNorm",
+    "LinearCrossEntropyLoss",
+    "MultiheadAttention",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "SwiGLU",
+]

@@ -38,13 +38,22 @@ class NoBackendError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """One implementation of one op. `why_not(*tensors)` returns None or one sentence."""
+    """One implementation of one op. `why_not(*tensors)` and then `refuses(*tensors)` return None or one sentence.
+
+    `why_not` is about the machine and the device, `refuses` about what the kernels of this op cannot do.
+    """
 
     op: str
     name: str
     fwd: Callable
-    bwd: Callable
+    bwd: Callable | None  # None: the op has no backward
     why_not: Callable[..., str | None]
+    refuses: Callable[..., str | None] | None = None
+
+    def reason(self, tensors: tuple) -> str | None:
+        """Why this backend cannot run a call with `tensors`, or None."""
+        found = self.why_not(*tensors)
+        return self.refuses(*tensors) if found is None and self.refuses is not None else found
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ def pick(op: str, tensors: tuple, backend: str | None = None) -> Backend:
     forced = forced_backend(backend)
     refusals = []
     for entry in _candidates(op, forced):
-        reason = entry.why_not(*tensors)
+        reason = entry.reason(tensors)
         if reason is None:
             if refusals and entry.name == "torch":
                 _report_fallback(op, tensors, refusals)
@@ -163,7 +172,7 @@ def explain_call(op: str, tensors: tuple, backend: str | None = None) -> Explana
     candidates = _candidates(op, forced)
     # A forced extra backend is not among the entries.
     asked = dict.fromkeys((*entries(op), *candidates))
-    reasons = {entry.name: entry.why_not(*tensors) for entry in asked}
+    reasons = {entry.name: entry.reason(tensors) for entry in asked}
     chosen = next((entry.name for entry in candidates if reasons[entry.name] is None), None)
     return Explanation(op, chosen, reasons)
 

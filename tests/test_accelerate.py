@@ -165,6 +165,70 @@ def test_a_users_rule_is_used():
     assert "mine on torch" in accelerate(nn.Sequential(Mine(COLS))).swapped[0].detail
 
 
+ATTENTIONS = {
+    "plain": {},
+    "batch first": {"batch_first": True},
+    "without bias": {"bias": False},
+    "other widths": {"kdim": 10, "vdim": 40, "batch_first": True},
+    "more keys": {"add_bias_kv": True, "add_zero_attn": True},
+    "dropout": {"dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_swaps_and_agrees(name, dtype):
+    module = nn.MultiheadAttention(COLS, 4, dtype=dtype, **ATTENTIONS[name]).eval()
+    query = torch.randn(3, 3, COLS, dtype=dtype)
+    key, value = (torch.randn(3, 3, width, dtype=dtype) for width in (module.kdim, module.vdim))
+    expected = module(query, key, value), module(query, key, value, need_weights=False)[0]
+    report = accelerate(module.train(), "torch")
+    assert "fused attention on torch" in report.swapped[0].detail, str(report)
+    assert module.training, "as before"
+    module.eval()
+    found = module(query, key, value), module(query, key, value, need_weights=False)[0]
+    torch.testing.assert_close(
+        found, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2 if dtype == torch.bfloat16 else 1e-5
+    )
+    assert llmkernels.restore(module) == 1 and type(module) is nn.MultiheadAttention
+    assert all(torch.equal(a, b) for a, b in zip(module(query, key, value), expected[0], strict=True))
+
+
+class TransposedHeads(nn.MultiheadAttention):
+    """Its own forward, so it is left alone."""
+
+    def forward(self, query, key, value, **options):
+        return super().forward(query.flip(-1), key, value, **options)
+
+
+def test_wide_attention_agrees_and_a_changed_one_is_left_alone(monkeypatch):
+    assert accelerate(nn.MultiheadAttention(768, 12)).swapped
+    assert not accelerate(nn.Sequential(TransposedHeads(COLS, 4))).entries
+    module = nn.MultiheadAttention(COLS, 4)
+    monkeypatch.setattr(module, "head_dim", 7)  # a scale that is not torch's
+    assert "fused attention disagrees" in accelerate(module).kept[0].detail
+
+
+def test_torchs_transformer_layer_trains_alike():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(COLS, 4, 40, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 7, COLS)
+    causal = nn.Transformer.generate_square_subsequent_mask(7)
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    padding[1, 5:] = True
+    run = lambda: (layer(x), layer(x, causal, is_causal=True), layer(x, src_key_padding_mask=padding)[~padding])
+    grads = lambda outputs: torch.autograd.grad(sum(out.square().sum() for out in outputs), list(layer.parameters()))
+    outputs = run()
+    expected = outputs, grads(outputs)
+    assert len(accelerate(layer).swapped) == 3
+    outputs = run()
+    torch.testing.assert_close((outputs, grads(outputs)), expected, rtol=1e-4, atol=1e-4)
+    layer.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected[0][0], rtol=1e-4, atol=1e-5)
+    assert llmkernels.restore(layer) == 3
+
+
 class Block(nn.Module):
     def __init__(self, norm):
         super().__init__()

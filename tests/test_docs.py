@@ -1,6 +1,9 @@
 """What is written for people is true: the tables of results, the code in README, the names in the public surface."""
 
+import html
+import inspect
 import re
+import runpy
 
 import pytest
 import torch
@@ -25,6 +28,28 @@ def test_python_code_in_readme_runs():
         exec(compile(block, "README.md", "exec"), {})
 
 
+def test_python_code_in_attention_md_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/attention.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    with llmkernels.use_backend("torch"):
+        for block in blocks:
+            exec(compile(block, "docs/attention.md", "exec"), {})
+
+
+def test_the_picture_of_attention_is_what_the_functions_do():
+    """Every panel is there by its words; every option of attention is explained on the page."""
+    script = runpy.run_path(str(ROOT / "scripts/attention_picture.py"))
+    drawn = html.unescape((ROOT / "docs/attention-options.svg").read_text())
+    with llmkernels.use_backend("torch"):
+        panels = script["panels"]()
+    assert all(panel.title in drawn and panel.note in drawn for panel in panels)
+    page = (ROOT / "docs/attention.md").read_text()
+    for name in ("scaled_dot_product_attention", "attention_varlen", "attention_kvcache", "merge_attention"):
+        for option in inspect.signature(getattr(functional, name)).parameters.values():
+            if option.kind is option.KEYWORD_ONLY and option.name not in ("k", "v", "backend"):
+                assert f"`{option.name}" in page, f"docs/attention.md does not explain {name}'s {option.name}"
+
+
 def test_every_op_and_module_is_in_readme():
     for name in (*registry.ops(), *functional.__all__, *nn.__all__):
         assert f"`{name}" in README or f".{name}" in README, f"README.md does not mention {name}"
@@ -40,8 +65,6 @@ def test_public_names_exist_and_are_documented(module):
 
 
 def test_functional_signatures_begin_like_torchs():
-    import inspect
-
     for name in ("layer_norm", "rms_norm"):
         ours = list(inspect.signature(getattr(functional, name)).parameters.values())
         theirs = inspect.signature(getattr(torch.nn.functional, name)).parameters.values()

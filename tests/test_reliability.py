@@ -15,6 +15,7 @@ import llmkernels
 from llmkernels import _native, functional
 from llmkernels.ops.gated import cases as gated
 from llmkernels.ops.norm import cases
+from llmkernels.ops.rope import cases as rope
 from llmkernels.testing.battery import evaluate
 
 cpu = pytest.mark.skipif(_native.why_absent("cpu") is not None, reason=f"cpu: {_native.why_absent('cpu')}")
@@ -78,12 +79,16 @@ THREADED = [
             for op in gated.OPS
             for packed in (False, True)
         ),
+        *(
+            (rope, rope.RopeCase("rope", (2, 5, 517, 40), dtype, rotary=24, interleaved=pairs))
+            for pairs in (False, True)
+        ),
     )
 ]
 
 
 @cpu
-@pytest.mark.parametrize("cases, case", THREADED, ids=lambda value: "" if value in (cases, gated) else str(value))
+@pytest.mark.parametrize("cases, case", THREADED, ids=lambda value: "" if value in (cases, gated, rope) else str(value))
 def test_bitwise_equal_for_any_thread_count(cases, case):
     inputs = cases.make_inputs(case)
     threads, results = torch.get_num_threads(), []

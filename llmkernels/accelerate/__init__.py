@@ -1,4 +1,4 @@
-"""`accelerate(model)`: run the norms of a model by llmkernels; `restore(model)` undoes it.
+"""`accelerate(model)`: run norms and attention of a model by llmkernels; `restore(model)` undoes it.
 
 A swap changes the class of a module object to a subclass of its own class with another forward. The object stays, and
 with it parameters, buffers, hooks, state_dict keys, attributes, ties, isinstance checks and every reference that
@@ -23,9 +23,9 @@ __all__ = ["Candidate", "Report", "accelerate", "accelerated", "restore"]
 class Accelerated:
     """Mixin of the subclasses that swapped modules belong to; `_llmkernels` holds (candidate, backend)."""
 
-    def forward(self, input):
+    def forward(self, *args, **kwargs):
         candidate, backend = self._llmkernels
-        return candidate.run(self, input, backend)
+        return candidate.run(self, *args, backend=backend, **kwargs)
 
     def __reduce_ex__(self, protocol):
         # The subclass is made at run time, so a pickle or deep copy names the original class instead.
@@ -42,11 +42,12 @@ def _rebuild(original: type) -> nn.Module:
 
 
 def accelerate(model: nn.Module, *, backend: str | None = None) -> Report:
-    """Run every LayerNorm and RMSNorm of `model` by llmkernels, in place, where it is verified to agree.
+    """Run norms and MultiheadAttention of `model` by llmkernels, in place, where it is verified to agree.
 
-    Found are torch.nn.LayerNorm, torch.nn.RMSNorm, RMS norms as Hugging Face models write them (a `weight`, an eps, no
-    other state; Llama's or Gemma's form), and what `@accelerate.rule(MyModule)` adds. Each replacement is first run
-    beside the original in fp64, fp32 and the module's own dtype; one that disagrees in any row is refused.
+    Found are torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.MultiheadAttention, RMS norms as Hugging Face models write
+    them (a `weight`, an eps, no other state; Llama's or Gemma's form), and what `@accelerate.rule(MyModule)` adds. Each
+    replacement is first run beside the original in fp64, fp32 and the module's own dtype; one that disagrees in any row
+    is refused. Dropout of attention is drawn from torch's generator, but it is not torch's bit for bit.
 
     Args:
         model: any module; a second call on it reports the same and changes nothing more.
@@ -89,7 +90,7 @@ def _swap(path: str, module: nn.Module, found: list[Candidate], why: str, backen
 def _runs_on(module: nn.Module, candidate: Candidate, backend: str | None) -> tuple[str, str | None]:
     """The backend that would run the module, and None; or why there is nothing to gain."""
     example = torch.empty((1, *candidate.normalized_shape), dtype=parameter_dtype(module), device=device_of(module))
-    explained = registry.explain_call(candidate.op, (example, None, None, None), backend)
+    explained = registry.explain_call(candidate.op, (example, *[None] * 5), backend)
     if explained.chosen is None:
         return "", f"backend {backend!r} cannot run it: {explained.reasons[backend]}"
     if explained.chosen == "torch" and registry.forced_backend(backend) is None:

@@ -7,23 +7,34 @@ verify.py runs each beside the original and the first that agrees is kept.
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmkernels import functional
+from llmkernels.ops.attention.module import multihead_attention
 
 EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "rms_norm_eps")
 
 
+def _one_tensor(module: nn.Module, forward: Callable, input: Tensor) -> Tensor:
+    return forward(input)
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A forward for a module: `run(module, input, backend)`. `normalized_shape` says what to feed it when verifying."""
+    """A forward for a module: `run(module, *args, backend=..., **kwargs)` with the arguments of a call.
+
+    `normalized_shape` says what to feed it when verifying. `probe(module, forward, input)` makes one tensor of what it
+    does with that, by default `forward(input)`.
+    """
 
     op: str
     description: str
     normalized_shape: tuple[int, ...]
-    run: Callable[[nn.Module, Tensor, str | None], Tensor]
+    run: Callable[..., Any]
+    probe: Callable[[nn.Module, Callable, Tensor], Tensor] = _one_tensor
 
 
 def _layer_norm(module, input: Tensor, backend: str | None) -> Tensor:
@@ -34,6 +45,32 @@ def _layer_norm(module, input: Tensor, backend: str | None) -> Tensor:
 
 def _rms_norm(module, input: Tensor, backend: str | None) -> Tensor:
     return functional.rms_norm(input, module.normalized_shape, module.weight, module.eps, backend=backend)
+
+
+def _attend(module: nn.Module, forward: Callable, input: Tensor) -> Tensor:
+    """MultiheadAttention without dropout: of itself, of other keys, with each kind of mask; outputs and weights."""
+    rows = input - input.mean(-1, keepdim=True)
+    rows = 2.0 * rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)  # scores of about one
+    rows = rows.transpose(0, 1) if not module.batch_first else rows
+    length = rows.shape[1 if module.batch_first else 0]
+    wide = lambda width: rows.repeat(1, 1, -(-width // module.embed_dim))[..., :width]
+    key, value = wide(module.kdim), wide(module.vdim)
+    causal = torch.ones(length, length, dtype=torch.bool, device=input.device).triu(1)
+    padding = torch.zeros(1, length, dtype=torch.bool, device=input.device)
+    padding[:, length // 2 :] = True
+    bias = torch.linspace(-1, 1, length * length, dtype=input.dtype, device=input.device).view(length, length)
+    was_training = module.training
+    module.training = False
+    try:
+        calls = [
+            forward(rows, key, value, average_attn_weights=False),
+            forward(rows, key, value, key_padding_mask=padding, need_weights=False),
+            forward(rows, key, value, attn_mask=bias),
+            forward(rows, key, value, attn_mask=causal, is_causal=True, need_weights=False),
+        ]
+    finally:
+        module.training = was_training
+    return torch.cat([result.flatten() for call in calls for result in call if result is not None])
 
 
 class _StructuralRMSNorm:
@@ -66,7 +103,7 @@ def rule(module_type: type) -> Callable:
 
 
 def is_norm_like(module: nn.Module) -> bool:
-    """Whether the report should say something about this module."""
+    """Whether the report should say something about this module, a norm."""
     known = type(module) in _user_rules or isinstance(module, (nn.LayerNorm, nn.RMSNorm))
     return known or ("norm" in type(module).__name__.lower() and not list(module.children()))
 
@@ -81,6 +118,9 @@ def candidates(module: nn.Module) -> tuple[list[Candidate], str]:
         return [Candidate("layer_norm", "layer_norm", tuple(module.normalized_shape), _layer_norm)], ""
     if type(module).forward is nn.RMSNorm.forward:
         return [Candidate("rms_norm", "rms_norm", tuple(module.normalized_shape), _rms_norm)], ""
+    if type(module).forward is nn.MultiheadAttention.forward:
+        op = "scaled_dot_product_attention"
+        return [Candidate(op, "fused attention", (module.embed_dim,), multihead_attention, _attend)], ""
     return _structural(module)
 
 

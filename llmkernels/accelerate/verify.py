@@ -6,6 +6,7 @@ original's hooks are not run, its parameters and the global random state are not
 """
 
 import copy
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +79,11 @@ def _compare(
     original: nn.Module, candidate: Candidate, x: Tensor, backend: str | None, tolerance: float, *, gradients: bool
 ) -> tuple[str | None, float]:
     try:
-        expected = _run(lambda t: original.forward(t), original, x, gradients)
+        expected = _run(lambda t: candidate.probe(original, original.forward, t), original, x, gradients)
     except Exception as error:  # whatever a user's module raises is the reason that is reported
         return f"the original cannot be run on one tensor ({type(error).__name__}: {error})", float("inf")
-    actual = _run(lambda t: candidate.run(original, t, backend), original, x, gradients)
+    replaced = functools.partial(candidate.run, original, backend=backend)
+    actual = _run(lambda t: candidate.probe(original, replaced, t), original, x, gradients)
     worst = 0.0
     for name, want in expected.items():
         got = actual[name]

@@ -43,10 +43,10 @@ def families(op: str | None, family: str | None) -> list[tuple]:
     """(cases module, bench module, ops) for what was asked for."""
     chosen = []
     for name in ops.FAMILIES if family is None else (family,):
-        cases, bench = ops.cases_of(name), ops.bench_of(name)
-        wanted = [known for known in cases.OPS if op in (None, known)]
-        if wanted:
-            chosen.append((cases, bench, wanted))
+        for cases in ops.all_cases(name):
+            wanted = [known for known in cases.OPS if op in (None, known)]
+            if wanted:
+                chosen.append((cases, ops.bench_of(name), wanted))
     return chosen
 
 
@@ -55,9 +55,10 @@ def plan(chosen: list[tuple], *, full: bool, dtype: str | None) -> list[tuple]:
     work = []
     for cases, bench, wanted in chosen:
         for op in wanted:
+            modes = MODES[: 1 if registry.entry(op, "torch").bwd is None else 2]
             for case in bench.bench_cases(op, full):
                 if dtype in (None, str(case.dtype).removeprefix("torch.")):
-                    work += [(cases, bench, case, mode) for mode in MODES]
+                    work += [(cases, bench, case, mode) for mode in modes]
             if dtype in (None, "float32"):
                 work.append((cases, bench, bench.overhead_case(op), "call"))
     return work

@@ -8,7 +8,7 @@ import torch
 from rich.progress import track
 from rich.table import Table
 
-from llmkernels import machine, ops, registry
+from llmkernels import machine, ops
 from llmkernels.benchmarking import runner
 from llmkernels.benchmarking.timer import keep_freed_memory
 from llmkernels.cli import UsageError
@@ -29,8 +29,9 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    if args.op is not None and args.op not in registry.ops():
-        raise UsageError(f"unknown op {args.op!r}, expected one of {', '.join(registry.ops())}")
+    known = ops.with_cases()
+    if args.op is not None and args.op not in known:
+        raise UsageError(f"unknown op {args.op!r}, expected one of {', '.join(known)}")
     if args.threads < 1:
         raise UsageError(f"--threads is {args.threads}, expected at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -1,6 +1,7 @@
 """`llmkernels check`: the parity battery on the user's own machine, optionally on shapes the user names."""
 
 import argparse
+import itertools
 
 import torch
 from rich.progress import track
@@ -34,12 +35,13 @@ def add_arguments(parser) -> None:
 
 def _selected(args) -> list:
     """(cases module, case) for every case asked for."""
-    if args.op is not None and args.op not in registry.ops():
-        raise UsageError(f"unknown op {args.op!r}, expected one of {', '.join(registry.ops())}")
+    known = ops.with_cases()
+    if args.op is not None and args.op not in known:
+        raise UsageError(f"unknown op {args.op!r}, expected one of {', '.join(known)}")
     if args.device not in ("cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
         raise UsageError(f"device {args.device!r} is not there")
     chosen = []
-    for cases in map(ops.cases_of, ops.FAMILIES):
+    for cases in itertools.chain.from_iterable(map(ops.all_cases, ops.FAMILIES)):
         for case in cases.test_cases():
             if args.op in (None, case.op) and args.dtype in (None, _name(case.dtype)):
                 chosen.append((cases, case))

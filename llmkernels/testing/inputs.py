@@ -41,6 +41,8 @@ class Inputs:
 
     def backward(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The gradients of the leaves, in their order."""
+        if not self.leaf_names():
+            return ()  # of an op without a backward
         arriving = [getattr(self, name) for name in self.GRADS[: len(outputs)]]
         return torch.autograd.grad(outputs, self.leaves(), arriving)
 

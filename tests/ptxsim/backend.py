@@ -51,10 +51,12 @@ def register() -> None:
                 if entry is None:
                     continue
                 for kernel in (entry.fwd, entry.bwd):
-                    if kernel not in ops:
+                    if kernel is not None and kernel not in ops:
                         ops[kernel] = _define(library, namespace, kernel, real, arch)
                 why_not = _why_not(name)
-                registry.register_extra(registry.Backend(op, name, ops[entry.fwd], ops[entry.bwd], why_not))
+                registry.register_extra(
+                    registry.Backend(op, name, ops[entry.fwd], ops.get(entry.bwd), why_not, entry.refuses)
+                )
 
 
 def _define(library, namespace: str, kernel, real: str, arch: str) -> Callable:

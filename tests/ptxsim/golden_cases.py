@@ -156,7 +156,18 @@ def _hopper() -> Iterator[Case]:
     yield from (case for case in _plain("conformance_warp.cu", "sm_90a") if case.kernel == "mma_e4m3")
 
 
+def _attention() -> Iterator[Case]:
+    """The attention kernels' products of tiles, on small integers: exact in every order of summation."""
+    for kernel, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16), ("f32", torch.float32)):
+        generator = _generator("attention_tiles", kernel)
+        own, stream = (torch.randint(-3, 4, (rows, 64), generator=generator).to(dtype) for rows in (16, 32))
+        name = f"attention_tiles_{kernel}"
+        args = (own, stream, torch.zeros(THREADS, 48))
+        yield Case(name, "conformance_attention.cu", "sm_80", name, args, smem=48 * 64 * dtype.itemsize)
+
+
 PARTS = {
+    "attention": _attention,
     "scalar": lambda: _plain("conformance.cu", "sm_80"),
     "warp": lambda: _plain("conformance_warp.cu", "sm_80"),
     "hopper": _hopper,

@@ -31,17 +31,31 @@ def small_gated(case):
     return dataclasses.replace(case, shape=(max(1, min(rows, ELEMENTS // cols)), cols))
 
 
+def small_attention(case):
+    if case.lengths is not None:
+        return dataclasses.replace(case, B=2, H=2, lengths=((100, 30), (100, 130)))
+    return dataclasses.replace(case, B=1, H=2, S=160, T=160)
+
+
+def small_rope(case):
+    batch, heads, seq, cols = case.shape
+    return dataclasses.replace(case, shape=(batch, heads, max(1, min(seq, ELEMENTS // (heads * cols))), cols))
+
+
 def small_cross_entropy(case):
     *batch, classes = case.shape
     return dataclasses.replace(case, shape=(max(1, min(batch[0], ELEMENTS // classes)), classes))
 
 
+# family -> the small version of one of its benchmarks' cases
 SMALL = {
     "activation": small_gated,
+    "attention": small_attention,
     "cross_entropy": small_cross_entropy,
-    "norm": small_norm,
     "gated": small_gated,
-}  # family -> the small version of one of its benchmarks' cases
+    "norm": small_norm,
+    "rope": small_rope,
+}
 
 
 def count(backend: str, op: str | None) -> dict[str, collections.Counter]:

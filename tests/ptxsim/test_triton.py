@@ -9,6 +9,7 @@ from llmkernels.ops.activation import cases as activation
 from llmkernels.ops.cross_entropy import cases as cross_entropy
 from llmkernels.ops.gated import cases as gated
 from llmkernels.ops.norm import cases
+from llmkernels.ops.rope import cases as rope
 from llmkernels.testing.battery import evaluate, failures, judge
 from tests.ptxsim import backend as simulated
 from tests.ptxsim import sim
@@ -38,6 +39,16 @@ GATED = [
     gated.GatedCase("geglu", (3, 4, 40), torch.float32, approximate="tanh", packed=True),
     gated.GatedCase("geglu", (5, 33), torch.float64, approximate="tanh"),
     gated.GatedCase("reglu", (6, 100), torch.float32),
+]
+
+# Every dtype, both layouts of pairs, positions and not, with a rest that is copied and in place.
+ROPE = [
+    rope.RopeCase("rope", (2, 5, 3, 48), torch.float64, rotary=20, seq_dim=-3, positions="2d"),
+    rope.RopeCase("rope", (2, 3, 5, 64), torch.bfloat16, table="fp32"),
+    rope.RopeCase("rope", (5, 40), torch.float16, kv_heads=None, rotary=32, interleaved=True),
+    rope.RopeCase("rope_", (2, 3, 5, 10), torch.float32, interleaved=True, positions="int32"),
+    rope.RopeCase("rope_", (2, 3, 5, 48), torch.bfloat16, rotary=16, seq_dim=-3),
+    rope.RopeCase("rope", (2, 2, 5000), torch.float32),
 ]
 
 
@@ -84,6 +95,11 @@ def test_cross_entropy_matches_fp64_truth(case, backend):
 @pytest.mark.parametrize("case", ACTIVATION, ids=str)
 def test_activation_matches_fp64_truth(case, backend):
     assert failures(judge(activation, case, backend)) == []
+
+
+@pytest.mark.parametrize("case", ROPE, ids=str)
+def test_rope_matches_fp64_truth(case, backend):
+    assert failures(judge(rope, case, backend)) == []
 
 
 @pytest.mark.parametrize("op", ("layer_norm", "add_rms_norm"))

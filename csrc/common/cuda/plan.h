@@ -13,6 +13,7 @@ struct Gpu {
 struct Launch {
   unsigned grid[2] = {1, 1};
   unsigned block[2] = {1, 1};
+  unsigned shared = 0;  // bytes of dynamic shared memory
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,0 +1,11 @@
+"""Time the rope family alone: `python benchmarks/ops/bench_rope.py [--threads 1] [--json out.json]`.
+
+What is timed is declared in llmkernels/ops/rope/bench.py, which an installed package has too.
+"""
+
+import sys
+
+from llmkernels.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["bench", "--family", "rope", *sys.argv[1:]]))

@@ -1,0 +1,122 @@
+// Products of small matrices for attention on the CPU, in registers: C = A B, where A is read element by element and B
+// vector by vector. As vec.h: raw vectors in the anonymous namespace of the instruction set.
+//
+// Elements are words of 32 bits along the summed axis: a float, or with C = BFloat16 two bf16 of neighbouring indices,
+// which one instruction multiplies and adds.
+#pragma once
+
+#include "common/cpu/vec.h"
+
+namespace llmkernels::cpu::CPU_CAPABILITY {
+namespace {
+
+using Word = uint32_t;
+
+// How many elements of the summed axis a word has.
+template <class C>
+constexpr int kPerWord = sizeof(C) == 2 ? 2 : 1;
+
+// The type that products are made of: bf16 where the processor multiplies it, else float.
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+template <class T>
+using ProductOf = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, float>;
+#else
+template <class T>
+using ProductOf = float;
+#endif
+
+// A tile of C in registers, with what it takes to read A and B: 24 + 4 + 1 of 32, or 12 + 2 + 1 of 16.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kTileRows = 6, kTileVectors = 4;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int kTileRows = 6, kTileVectors = 2;
+#else
+constexpr int kTileRows = 4, kTileVectors = 2;
+#endif
+
+template <int kValue>
+struct Int {
+  static constexpr int value = kValue;
+};
+
+// f(Int<n>) for n in [1, kMost].
+template <int kMost, class F>
+inline void with_count(int n, F&& f) {
+  if constexpr (kMost > 1) {
+    if (n < kMost) return with_count<kMost - 1>(n, f);
+  }
+  f(Int<kMost>{});
+}
+
+constexpr int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+constexpr int64_t div_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+template <class C>
+inline FloatVector multiply_add(FloatVector sum, Word a, UInt32Vector b) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+  if constexpr (kPerWord<C> == 2) {
+    const __m512i pair = _mm512_set1_epi32(static_cast<int>(a));
+    return bit_cast<FloatVector>(
+        _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(pair), bit_cast<__m512bh>(b)));
+  }
+#endif
+  return sum + bit_cast<FloatVector>(b) * bit_cast<float>(a);
+}
+
+struct Product {
+  const Word* a;  // element (i, k) at i * a_row + k * a_k
+  int64_t a_row, a_k;
+  const Word* b;  // element (k, j) at k * b_k + j
+  int64_t b_k;
+  int64_t count;  // words of the summed axis
+  float* c;       // element (i, j) at i * c_row + j
+  int64_t c_row;
+  const float* factors;  // C = diag(factors) C + A B; null: C = A B
+};
+
+// Every element is a sum in the order of k, however C is cut into tiles.
+template <class C, int kRows, int kVectors>
+__attribute__((noinline)) void product_tile(const Product& p) {
+  FloatVector sums[kRows][kVectors];
+  if (p.factors != nullptr) {
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = load(p.c + i * p.c_row + j * kLanes<float>) * p.factors[i];
+    }
+  } else {
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = FloatVector{};
+    }
+  }
+  const Word* a = p.a;
+  const Word* b = p.b;
+  const int64_t a_row = p.a_row, a_k = p.a_k, b_k = p.b_k;
+  for (int64_t k = p.count; k > 0; --k) {
+    UInt32Vector vectors[kVectors];
+    for (int j = 0; j < kVectors; ++j) __builtin_memcpy(&vectors[j], b + j * kLanes<float>, sizeof(UInt32Vector));
+    for (int i = 0; i < kRows; ++i) {
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = multiply_add<C>(sums[i][j], a[i * a_row], vectors[j]);
+    }
+    a += a_k;
+    b += b_k;
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) store(p.c + i * p.c_row + j * kLanes<float>, sums[i][j]);
+  }
+}
+
+// `rows` at most kTileRows, `cols` a multiple of the lanes.
+template <class C>
+inline void product_rows(Product p, int rows, int64_t cols) {
+  constexpr int kWide = kTileVectors * kLanes<float>;
+  with_count<kTileRows>(rows, [&](auto r) {
+    for (int64_t j = 0; j < cols; j += kWide) {
+      const int vectors = static_cast<int>((cols - j < kWide ? cols - j : kWide) / kLanes<float>);
+      with_count<kTileVectors>(vectors, [&](auto v) { product_tile<C, decltype(r)::value, decltype(v)::value>(p); });
+      p.b += kWide;
+      p.c += kWide;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace llmkernels::cpu::CPU_CAPABILITY

@@ -1,0 +1,57 @@
+"""Rotary position embeddings of what is appended to a cache. Su et al. 2021, arXiv:2104.09864."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmkernels._dtypes import FLOAT_DTYPES, dtype_names
+from llmkernels.ops.attention import arguments
+from llmkernels.ops.rope.reference import rotate
+
+
+def rows_at(table: Tensor, start: int | Tensor, count: int, *, checked: bool) -> Tensor:
+    """The rows start .. start + count of `table` `[L, C]`: `[1 or B, count, C]`; `start` is one number or `[B]`.
+
+    `checked`: the table has them all. Otherwise a row that it has not got is NaN.
+    """
+    if not isinstance(start, Tensor):
+        return table[None, start : start + count]
+    rows = start[:, None] + torch.arange(count, device=start.device)
+    if checked:
+        return table[rows]
+    inside = (rows >= 0) & (rows < table.shape[0])
+    return torch.where(inside[..., None], table[rows.clamp(0, table.shape[0] - 1)], torch.nan)
+
+
+def check(op: str, rotary, query: Tensor, k: Tensor | None, turned: int, lengths: list[int] | None) -> None:
+    """`turned`: how many positions the query takes; `lengths` before the append, where they can be looked at."""
+    kinds = (Tensor, Tensor, bool)
+    if not isinstance(rotary, Sequence) or len(rotary) not in (2, 3) or not all(map(isinstance, rotary, kinds)):
+        got = tuple(type(x).__name__ for x in rotary) if isinstance(rotary, Sequence) else type(rotary).__name__
+        raise TypeError(f"{op}: rotary is {got}, expected tensors (cos, sin) or with a bool (cos, sin, interleaved)")
+    if k is None:
+        raise ValueError(f"{op}: rotary is given without k and v, expected the new keys that it turns")
+    cos, sin = rotary[:2]
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        arguments.check_tensor(op, name, tensor, query, None)
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected one of {dtype_names()}")
+    if cos.dim() != 2 or 2 * cos.shape[1] > query.shape[3]:
+        raise ValueError(
+            f"{op}: cos has shape {tuple(cos.shape)}, expected (positions, pairs) and no more than"
+            f" {query.shape[3] // 2} pairs"
+        )
+    if sin.shape != cos.shape:
+        raise ValueError(f"{op}: sin has shape {tuple(sin.shape)}, expected {tuple(cos.shape)}, the shape of cos")
+    if lengths and max(lengths) + max(k.shape[1], turned) > cos.shape[0]:
+        needed = max(lengths) + max(k.shape[1], turned)
+        raise ValueError(f"{op}: cos has {cos.shape[0]} positions, expected at least {needed}")
+
+
+def turn(query, k, rotary, start: int | Tensor, turned: int, *, checked: bool) -> tuple[Tensor, Tensor]:
+    """The query and the new keys turned as at their positions."""
+    appended, interleaved = k.shape[1], len(rotary) == 3 and rotary[2]
+    cos, sin = (rows_at(table, start, max(appended, turned), checked=checked).unsqueeze(2) for table in rotary[:2])
+    k = rotate(k, cos[:, :appended], sin[:, :appended], interleaved)
+    return rotate(query, cos[:, :turned], sin[:, :turned], interleaved), k

@@ -1,0 +1,101 @@
+"""What the tests of attention on every backend share: calls that may be refused, and arriving gradients."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import llmkernels
+from llmkernels import _native, functional, registry
+from llmkernels.ops.attention import cases
+from llmkernels.testing.inputs import short_name
+
+SDPA, VARLEN = cases.OPS
+every_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=short_name)
+
+
+def kernel_absent(backend: str) -> str | None:
+    """Why what was built here has no attention on a backend, or None."""
+    if not registry.has(SDPA, backend):
+        return f"{SDPA} has no such kernel"
+    if backend == "triton":
+        found = importlib.util.find_spec("llmkernels.ops.attention.triton_kernels")
+        return None if found else "there are no Triton kernels of attention"
+    if backend == "torch":
+        return None
+    name = "cpu" if backend == "cpu" else "cuda"
+    _native.why_absent(name)  # loads the module, which registers its kernels
+    has = torch._C._dispatch_has_kernel_for_dispatch_key(f"llmkernels_{name}::attention_fwd", name.upper())
+    return None if has else f"the {name} module that was built here has no attention"
+
+
+def with_kernel(backend: str) -> str:
+    """`backend`, or a skip of the test."""
+    if reason := kernel_absent(backend):
+        pytest.skip(f"{backend}: {reason}")
+    return backend
+
+
+def normal_on(device: str):
+    """normal(*shape): numbers on the device, the same in every run."""
+    generator = torch.Generator().manual_seed(7)
+    return lambda *shape, dtype=torch.float32: torch.randn(shape, generator=generator).to(dtype).to(device)
+
+
+def run(function, *arguments, **options):
+    """A backend may refuse a call with a sentence; what it must not refuse, tests/coverage.toml lists."""
+    try:
+        return function(*arguments, **options)
+    except llmkernels.NoBackendError as error:
+        pytest.skip(str(error).split(": ", 1)[-1])
+
+
+def sdpa(backend, q, k, v, mask=None, **options):
+    """(out, lse)."""
+    return run(
+        functional.scaled_dot_product_attention,
+        q,
+        k,
+        v,
+        mask,
+        enable_gqa=True,
+        return_lse=True,
+        backend=backend,
+        **options,
+    )
+
+
+def grads(outputs, *tensors, seed=3):
+    """Gradients for arriving gradients that are the same for every call."""
+    generator = torch.Generator().manual_seed(seed)
+    arriving = [torch.randn(out.shape, generator=generator).to(out) for out in outputs]
+    return torch.autograd.grad(outputs, tensors, arriving)
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def varlen(backend, q, k, v, lengths_q, lengths_k, **options):
+    ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(q.device) for lengths in (lengths_q, lengths_k)]
+    longest = max(lengths_q), max(lengths_k)
+    return run(functional.attention_varlen, q, k, v, *ends, *longest, return_lse=True, backend=backend, **options)
+
+
+def run_python(code, folder=None, **environment):
+    """Python code in a process of its own; what it prints."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
