@@ -1,5 +1,6 @@
 """The torch.autograd.Functions themselves, for people who write their own modules: `X.apply(...)`."""
 
+from llmkernels.ops.activation.op import ActivationFunction
 from llmkernels.ops.attention.op import AttentionFunction
 from llmkernels.ops.cross_entropy.linear_op import LinearCrossEntropyFunction
 from llmkernels.ops.cross_entropy.op import CrossEntropyFunction
@@ -9,6 +10,7 @@ from llmkernels.ops.rope.op import RopeFunction, RopeInplaceFunction
 from llmkernels.ops.softmax.op import SoftmaxFunction
 
 __all__ = [
+    "ActivationFunction",
     "AttentionFunction",
     "CrossEntropyFunction",
     "GatedFunction",

@@ -1,5 +1,6 @@
 """The functional surface: torch.nn.functional's signatures, plus keyword-only extras (`backend=` everywhere)."""
 
+from llmkernels.ops.activation.op import gelu, silu
 from llmkernels.ops.attention.kvcache import attention_kvcache
 from llmkernels.ops.attention.merge import merge_attention
 from llmkernels.ops.attention.sdpa import scaled_dot_product_attention
@@ -20,6 +21,7 @@ __all__ = [
     "attention_varlen",
     "cross_entropy",
     "geglu",
+    "gelu",
     "layer_norm",
     "linear_cross_entropy",
     "log_softmax",
@@ -31,6 +33,7 @@ __all__ = [
     "rope_cache",
     "sample",
     "scaled_dot_product_attention",
+    "silu",
     "softmax",
     "swiglu",
 ]

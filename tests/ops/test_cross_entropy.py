@@ -33,7 +33,8 @@ WRONG = {
     "ignored rows are not ignored": ({"ignored": True}, lambda x: _picked(x).mean()),
     "weighted mean divides by rows": ({"weight": True}, lambda x: (_picked(x) * x.weight[x.index]).mean()),
     "smoothing over the other classes only": (
-        {"label_smoothing": 0.5}, lambda x: 0.5 * _picked(x).mean() - 0.5 * (_log_p(x).sum(-1) + _picked(x)).mean() / 31),
+        {"label_smoothing": 0.5},
+        lambda x: 0.5 * _picked(x).mean() - 0.5 * (_log_p(x).sum(-1) + _picked(x)).mean() / 31),
     "smoothing forgets the weights": (
         {"label_smoothing": 0.5, "weight": True},
         lambda x: 0.5 * _without_z(x, weight=x.weight) - 0.5 * _log_p(x).mean(-1).mean()),
@@ -42,7 +43,8 @@ WRONG = {
     "z-loss not squared": (
         {"z_loss": 1e-2}, lambda x: _without_z(x) + 1e-2 * torch.logsumexp(x.input, -1).abs().mean()),
     "z-loss of ignored rows": (
-        {"z_loss": 1e-2, "ignored": True}, lambda x: _without_z(x) + 1e-2 * torch.logsumexp(x.input, -1).square().mean()),
+        {"z_loss": 1e-2, "ignored": True},
+        lambda x: _without_z(x) + 1e-2 * torch.logsumexp(x.input, -1).square().mean()),
     "softcap as a clamp": ({"softcap": 2.0}, lambda x: torch_functional.cross_entropy(x.input.clamp(-2, 2), x.index)),
     "softcap of the loss": ({"softcap": 2.0}, lambda x: 2.0 * torch.tanh(_without_z(x) / 2.0)),
     "sum for mean": ({}, lambda x: _without_z(x, reduction="sum")),
@@ -78,9 +80,10 @@ def test_rule_rejects_wrong_gradients(dtype):
     assert failures(judge_results(cases, case, inputs, right)) == []
     logits = torch_functional.linear(inputs.input.float(), inputs.linear_weight.float(), inputs.linear_bias.float())
     p = torch.softmax(logits, -1) * inputs.dloss.float() / 24
+    last = p[-6:].t() @ inputs.input[-6:].float()
     wrong = {
         "target forgotten": {"dinput": p @ inputs.linear_weight.float(), "dlinear_bias": p.sum(0)},
-        "last chunk forgotten": {"dlinear_weight": right["dlinear_weight"].float() - p[-6:].t() @ inputs.input[-6:].float()},
+        "last rows forgotten": {"dlinear_weight": right["dlinear_weight"].float() - last},
         "not divided by the rows": {name: right[name].float() * 24 for name in ("dinput", "dlinear_weight")},
     }  # fmt: skip
     for name, results in wrong.items():
@@ -264,8 +267,16 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(linear_op, "CHUNK_ROWS", 4)
 
 
-@pytest.mark.parametrize("options", ({}, {"reduction": "none"}, {"reduction": "sum", "weight": True, "ignored": True},
-                                     {"target": "wide", "softcap": 4.0}, {"label_smoothing": 0.1, "bias": True}), ids=str)  # fmt: skip
+CHUNKED = (
+    {},
+    {"reduction": "none"},
+    {"reduction": "sum", "weight": True, "ignored": True},
+    {"target": "wide", "softcap": 4.0},
+    {"label_smoothing": 0.1, "bias": True},
+)
+
+
+@pytest.mark.parametrize("options", CHUNKED, ids=str)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=short_name)
 def test_many_chunks_match_fp64_truth(dtype, options, backend, device, small_chunks, poison):
     case = CrossEntropyCase("linear_cross_entropy", (70, 60), dtype, hidden=24, **options)

@@ -67,7 +67,7 @@ def test_rule_rejects_wrong_gradients(op, dtype):
     right = outputs_and_gradients(inputs, lambda leaves: cases.call(case, leaves, "torch"))
     assert failures(judge_results(cases, case, inputs, right)) == []
     gate, up, dy = (tensor.float() for tensor in (inputs.gate, inputs.up, inputs.dy))
-    _, slope = reference._activated(gate, case.activation)
+    _, slope = reference.activated(gate, case.activation)
     slope = (gate > 0).float() if slope is None else slope
     value = reference.ACTIVATIONS[case.activation](gate)
     wrong = {

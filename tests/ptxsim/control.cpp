@@ -76,8 +76,12 @@ bool regroup(Warp& w) {
 
 void wait_here(Warp& w, const Inst& in, uint32_t lanes) {
   const uint32_t pc = w.here(in);
+  uint32_t before = 0;  // wait here already: lanes that came by a jump back were not stopped in front of them
+  for (uint32_t m = w.waiting & ~w.group; m != 0; m &= m - 1)
+    if (w.lane_pc[__builtin_ctz(m)] == pc) before |= m & -m;
   for (uint32_t m = lanes; m != 0; m &= m - 1) w.lane_pc[__builtin_ctz(m)] = pc;
-  w.waiting |= lanes;
+  if (before != 0) w.waiting &= ~before;  // all of them look again, together
+  else w.waiting |= lanes;
   w.group &= ~lanes;
   w.reschedule = true;
 }

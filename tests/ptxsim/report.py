@@ -49,6 +49,7 @@ def small_cross_entropy(case):
 
 # family -> the small version of one of its benchmarks' cases
 SMALL = {
+    "activation": small_gated,
     "attention": small_attention,
     "cross_entropy": small_cross_entropy,
     "gated": small_gated,

@@ -218,3 +218,36 @@ def test_cooperative_grid_barrier(run):
     for seed in range(3):
         check(run(source, [a, b], grid=6, block=64, cooperative=True, seed=seed), Fault.NONE)
         assert (b == 21).all()
+
+
+def test_lanes_that_jump_back_join_those_that_wait_there():
+    """Triton's compiler puts the end of a loop's body before its start."""
+    ptx = """
+    .version 7.0
+    .target sm_80
+    .address_size 64
+    .visible .entry kernel(.param .u64 out)
+    {
+        .reg .pred %p;
+        .reg .b32 %r<4>;
+        .reg .b64 %rd<4>;
+        ld.param.u64 %rd0, [out];
+        mov.u32 %r0, %tid.x;
+        mul.wide.u32 %rd1, %r0, 4;
+        add.u64 %rd2, %rd0, %rd1;
+        bra.uni START;
+    JOIN:
+        shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;
+        st.global.u32 [%rd2], %r1;
+        ret;
+    START:
+        and.b32 %r2, %r0, 1;
+        setp.eq.u32 %p, %r2, 0;
+        @%p bra JOIN;
+        add.u32 %r0, %r0, 100;
+        bra.uni JOIN;
+    }
+    """
+    out = np.zeros(32, np.int32)
+    check(core.Module(ptx).launch("kernel", 1, 32, [out], raises=False), Fault.NONE)
+    assert list(out) == [t + 101 if t % 2 == 0 else t - 1 for t in range(32)]

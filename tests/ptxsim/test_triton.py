@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from llmkernels import functional
+from llmkernels.ops.activation import cases as activation
 from llmkernels.ops.attention import cases as attention
 from llmkernels.ops.attention import reference
+from llmkernels.ops.cross_entropy import cases as cross_entropy
 from llmkernels.ops.gated import cases as gated
 from llmkernels.ops.norm import cases
 from llmkernels.ops.rope import cases as rope
@@ -73,6 +75,26 @@ ATTENTION = [
 ]  # fmt: skip
 
 
+# Every dtype and kind of target, every option, one block and several.
+CROSS_ENTROPY = [
+    cross_entropy.CrossEntropyCase("cross_entropy", (5, 33), torch.float64, label_smoothing=0.1, softcap=2.0),
+    cross_entropy.CrossEntropyCase("cross_entropy", (5, 100), torch.float32, weight=True, ignored=True, z_loss=1e-2),
+    cross_entropy.CrossEntropyCase("cross_entropy", (3, 5000), torch.bfloat16, softcap=5.0),
+    cross_entropy.CrossEntropyCase("cross_entropy", (3, 72), torch.float16, target="wide", weight=True),
+    cross_entropy.CrossEntropyCase("cross_entropy", (4, 40), torch.float32, target="probabilities", softcap=2.0),
+    cross_entropy.CrossEntropyCase("linear_cross_entropy", (5, 33), torch.float32, hidden=16, bias=True),
+]
+
+
+# Every dtype and activation, with a bias and without, more rows than a sum takes.
+ACTIVATION = [
+    activation.ActivationCase("silu", (5, 33), torch.float64),
+    activation.ActivationCase("gelu", (35, 40), torch.bfloat16),
+    activation.ActivationCase("gelu", (3, 1025), torch.float16, approximate="tanh"),
+    activation.ActivationCase("silu", (3, 4, 40), torch.float32, bias=False),
+]
+
+
 @pytest.fixture(params=NAMES)
 def backend(request) -> str:
     return request.param
@@ -86,6 +108,16 @@ def test_matches_fp64_truth(case, backend):
 @pytest.mark.parametrize("case", GATED, ids=str)
 def test_gated_matches_fp64_truth(case, backend):
     assert failures(judge(gated, case, backend)) == []
+
+
+@pytest.mark.parametrize("case", CROSS_ENTROPY, ids=str)
+def test_cross_entropy_matches_fp64_truth(case, backend):
+    assert failures(judge(cross_entropy, case, backend)) == []
+
+
+@pytest.mark.parametrize("case", ACTIVATION, ids=str)
+def test_activation_matches_fp64_truth(case, backend):
+    assert failures(judge(activation, case, backend)) == []
 
 
 @pytest.mark.parametrize("case", ROPE, ids=str)

@@ -224,6 +224,8 @@ def as_rows(case: CrossEntropyCase, name: str, tensor: Tensor) -> Tensor:
 
 def term_size(case: CrossEntropyCase, inputs: CrossEntropyInputs, name: str) -> Tensor | None:
     """`[rows]`: the rms size of the terms that a result is a sum or difference of; None where there is only one."""
+    if math.prod(case.shape) > 1 << 24:
+        return None  # of benchmarks, where this would take minutes; rows as long as theirs are judged without it too
     wide = _wide(inputs)
     logits = wide.input
     if case.hidden:

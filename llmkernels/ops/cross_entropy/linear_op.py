@@ -19,6 +19,7 @@ OP = "linear_cross_entropy"
 
 CHUNK_ELEMENTS = 1 << 24  # logits of a chunk
 CHUNK_ROWS = 64  # at least: fewer rows leave the products waiting for the weight
+CLASSES = 8192  # whose gradients are summed, or rounded, at a time
 
 
 def chunk_rows(classes: int) -> int:
@@ -51,7 +52,9 @@ class _Gradients:
             if rows.dtype == self.dweight.dtype:
                 self.dweight.addmm_(dlogits.t(), rows)
             else:
-                self.dweight += dlogits.t() @ rows
+                # A part of the classes at a time: the product, of 16 bits, is not what the sum is kept in.
+                for some in range(0, dlogits.shape[1], CLASSES):
+                    self.dweight[some : some + CLASSES] += dlogits[:, some : some + CLASSES].t() @ rows
         if self.dbias is not None:
             self.dbias += dlogits.sum(0, dtype=self.dbias.dtype)
 
@@ -114,14 +117,27 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                     scale = torch.where(divisor == 0, 0.0, scale)
                 elif divisor == 0.0:
                     scale = torch.zeros_like(scale)
-                gradients = [None if t is None else t * scale for t in gradients]
+                like = (input, linear_weight, linear_bias)
+                gradients = [_scaled(t, scale, x) for t, x in zip(gradients, like, strict=True)]
             else:
                 gradients, dtarget = _recomputed(
                     dloss, input, linear_weight, linear_bias, target, weight, stats, settings, chosen, needs
                 )
-            like = (input, linear_weight, linear_bias)
-            gradients = [None if t is None else t.to(x.dtype) for t, x in zip(gradients, like, strict=True)]
+                gradients = [
+                    None if t is None else t.to(x.dtype)
+                    for t, x in zip(gradients, (input, linear_weight, linear_bias), strict=True)
+                ]
         return *gradients, dtarget, None, None, None, None, None
+
+
+def _scaled(gradient: Tensor | None, scale: Tensor, like: Tensor) -> Tensor | None:
+    """`gradient * scale` in the dtype of `like`, without a copy of all of it in another one."""
+    if gradient is None:
+        return None
+    result = torch.empty(gradient.shape, dtype=like.dtype, device=gradient.device)
+    for begin in range(0, gradient.shape[0], CLASSES):
+        result[begin : begin + CLASSES] = gradient[begin : begin + CLASSES] * scale
+    return result
 
 
 def _recomputed(dloss, input, linear_weight, linear_bias, target, weight, stats, settings, chosen, needs):
@@ -189,7 +205,8 @@ def linear_cross_entropy(
         linear_weight, linear_bias: `[C, H]` and `[C]`, of the dtype of `input`.
         target: `[*]` class indices, or `[*, C]` probabilities.
         weight, reduction, ignore_index, label_smoothing, z_loss, softcap, backend: as `cross_entropy`.
-    Returns: the loss, as `cross_entropy`. The gradient of `linear_weight` is summed over chunks in fp32 (fp64 for fp64).
+    Returns: the loss, as `cross_entropy`. The gradient of `linear_weight` is summed over chunks in fp32 (fp64 for
+        fp64).
     Raises: as `cross_entropy`.
     """
     cross_entropy_op.check_options(OP, reduction, label_smoothing, z_loss, softcap)

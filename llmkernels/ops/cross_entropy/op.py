@@ -210,9 +210,9 @@ def cross_entropy(
         backend: "cuda" | "triton" | "cpu" | "torch"; default: the first that can run this call.
     Returns: the loss in the dtype of `input` (under autocast fp32), summed in fp32 (fp64 for fp64) and rounded once.
         The backward reads the logits again; neither direction changes them.
-    Raises: ValueError or TypeError, shapes, devices, dtypes or options do not fit; IndexError, an index on the CPU is no
-        class (on a GPU, and in compiled code, the loss and the gradient of its row are NaN); NoBackendError, a forced
-        backend cannot run this call (the message says why).
+    Raises: ValueError or TypeError, shapes, devices, dtypes or options do not fit; IndexError, an index on the CPU is
+        no class (on a GPU, and in compiled code, the loss and the gradient of its row are NaN); NoBackendError, a
+        forced backend cannot run this call (the message says why).
     Reference: Szegedy et al. 2015, arXiv:1512.00567 (smoothing); Chowdhery et al. 2022, arXiv:2204.02311 (z-loss);
         Gemma Team 2024, arXiv:2408.00118 (softcap).
     """

@@ -1,7 +1,7 @@
 """Cross entropy in plain PyTorch: the `torch` backend, and the maths written out.
 
-Shapes: `input` is `[rows, C]`, `target` `[rows]` (class indices) or `[rows, C]` (probabilities), `weight` `[C]`, `dloss`
-`[rows]`. With u = softcap * tanh(input / softcap), or input where softcap is 0, and lse = logsumexp(u):
+Shapes: `input` is `[rows, C]`, `target` `[rows]` (class indices) or `[rows, C]` (probabilities), `weight` `[C]`,
+`dloss` `[rows]`. With u = softcap * tanh(input / softcap), or input where softcap is 0, and lse = logsumexp(u):
 
     loss = sum_c q_c (lse - u_c) + z_loss * lse^2
 
@@ -34,7 +34,7 @@ def capped(logits: Tensor, softcap: float) -> Tensor:
 
 
 def losses(input: Tensor, target: Tensor, weight: Tensor | None, settings: Settings) -> Tensor:
-    """`[rows]`: the loss of each row, not rounded. Differentiable in `input`, and in `target` if it is probabilities."""
+    """`[rows]`: the loss of each row, not rounded. Differentiable in `input` and, if it is probabilities, `target`."""
     acc = accumulate_dtype(input.dtype)
     classes, smoothing = input.shape[-1], settings.label_smoothing
     u = capped(input.to(acc), settings.softcap)
@@ -54,8 +54,8 @@ def losses(input: Tensor, target: Tensor, weight: Tensor | None, settings: Setti
     if settings.z_loss:
         loss = loss + settings.z_loss * torch.logsumexp(u, -1).square()
     if not target.is_floating_point():
-        loss = torch.where((target >= 0) & (target < classes), loss, float("nan"))
-        loss = torch.where(target == settings.ignore_index, 0.0, loss)
+        loss = loss.masked_fill((target < 0) | (target >= classes), float("nan"))
+        loss = loss.masked_fill(target == settings.ignore_index, 0.0)
     return loss
 
 
@@ -146,7 +146,7 @@ def cross_entropy_bwd(dloss, input, target, weight, stats, ignore_index, label_s
 
 
 def cross_entropy_dtarget(dloss, input, target, weight, stats, settings):
-    """The gradient of probabilities, `[rows, C]`: (1 - s) w_c (lse - u_c). Seldom wanted, so every backend has this one."""
+    """The gradient of probabilities, `[rows, C]`: (1 - s) w_c (lse - u_c). Seldom wanted, so backends share it."""
     u = capped(input.to(stats.dtype), settings.softcap)
     distance = (stats[1].unsqueeze(-1) - (u - stats[0].unsqueeze(-1))) * (1.0 - settings.label_smoothing)
     if weight is not None:

@@ -112,7 +112,7 @@ def term_size(case: GatedCase, inputs: GatedInputs, name: str) -> Tensor | None:
         return None
     wide = _wide(inputs)
     gate, up = reference.factors(wide.gate, wide.up)
-    value, slope = _term_sizes(gate, case.activation)
+    value, slope = slope_terms(gate, case.activation)
     sizes = {"y": value * up, "dgate": slope * up * wide.dy, "dup": value * wide.dy}
     rows = [as_rows(case, name, sizes[name]).square().mean(-1).sqrt() for name in ("y", "dgate", "dup")]
     if case.packed and name == "dgate":
@@ -120,7 +120,7 @@ def term_size(case: GatedCase, inputs: GatedInputs, name: str) -> Tensor | None:
     return rows[("y", "dgate", "dup").index(name)]
 
 
-def _term_sizes(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def slope_terms(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Of act(gate) and of its slope."""
     if activation == "gelu":
         density = torch.exp(-0.5 * gate.square()) / math.sqrt(2.0 * math.pi)

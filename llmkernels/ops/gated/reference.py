@@ -39,7 +39,7 @@ def gated_bwd(dy, gate, up, activation, wanted):
     gate, up = factors(gate, up)
     dtype, acc = gate.dtype, accumulate_dtype(gate.dtype)
     dy, gate, up = dy.to(acc), gate.to(acc), up.to(acc)
-    value, slope = _activated(gate, activation)
+    value, slope = activated(gate, activation)
     # relu's gradient is chosen, not multiplied: Inf times zero is zero there.
     dgate = torch.where(gate <= 0, 0.0, dy * up) if slope is None else dy * up * slope
     dgate, dup = dgate.to(dtype), (dy * value).to(dtype)
@@ -48,7 +48,7 @@ def gated_bwd(dy, gate, up, activation, wanted):
     return dgate if wanted[0] else empty, dup if wanted[1] else empty.clone()
 
 
-def _activated(gate: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
+def activated(gate: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
     """act(gate) and its slope, None for relu."""
     if activation == "silu":
         s = torch.sigmoid(gate)

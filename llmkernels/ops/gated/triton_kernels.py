@@ -25,7 +25,7 @@ def config(cols: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _activated(g, ACTIVATION: tl.constexpr, ACC: tl.constexpr):
+def activated(g, ACTIVATION: tl.constexpr, ACC: tl.constexpr):
     """act(g) and its slope; for relu only the first is used."""
     one = tl.full(g.shape, 1.0, ACC)
     if ACTIVATION == "silu":
@@ -70,7 +70,7 @@ def _gated_fwd_kernel(
     row, at, mask = _place(cols, BLOCK_COLS)
     gate = tl.load(gate_ptr + row * gate_stride + at, mask=mask, other=0.0).to(ACC)
     up = tl.load(up_ptr + row * up_stride + at, mask=mask, other=0.0).to(ACC)
-    value, _ = _activated(gate, ACTIVATION, ACC)
+    value, _ = activated(gate, ACTIVATION, ACC)
     tl.store(y_ptr + row * cols + at, cast(value * up, y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -95,7 +95,7 @@ def _gated_bwd_kernel(
     row, at, mask = _place(cols, BLOCK_COLS)
     dy = tl.load(dy_ptr + row * dy_stride + at, mask=mask, other=0.0).to(ACC)
     gate = tl.load(gate_ptr + row * gate_stride + at, mask=mask, other=0.0).to(ACC)
-    value, slope = _activated(gate, ACTIVATION, ACC)
+    value, slope = activated(gate, ACTIVATION, ACC)
     if DGATE:
         up = tl.load(up_ptr + row * up_stride + at, mask=mask, other=0.0).to(ACC)
         if ACTIVATION == "relu":

@@ -1,0 +1,11 @@
+"""Time gelu and silu alone: `python benchmarks/ops/bench_activation.py [--threads 1] [--json out.json]`.
+
+What is timed is declared in llmkernels/ops/activation/bench.py, which an installed package has too.
+"""
+
+import sys
+
+from llmkernels.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["bench", "--family", "activation", *sys.argv[1:]]))
