@@ -117,8 +117,8 @@ inline void load_pairs(const BFloat16* a, const BFloat16* b, int64_t left, UInt3
 
 // acc_i = factors[i] acc_i + sum of p[i][j] v_j over j in [begin, end), `dim` columns of them, at most kVectors.
 template <class T, int kRows, int kVectors>
-inline void direct_columns(const ProductOf<T>* p, int64_t p_row, const HeadRows<T>& values, int64_t first, int64_t begin,
-                           int64_t end, int64_t col, int64_t dim, float* acc, int64_t acc_row, const float* factors,
+inline void direct_columns(const ProductOf<T>* p, int64_t p_row, const HeadRows<T>& values, int64_t first,
+                           int64_t begin, int64_t end, int64_t col, int64_t dim, float* acc, int64_t acc_row, const float* factors,
                            const Ahead<T>& ahead) {
   FloatVector sums[kRows][kVectors];
 #pragma GCC unroll 4
