@@ -66,8 +66,8 @@ inline void pack_summed(const Rows& rows, int64_t count, int64_t padded, int64_t
       if (i >= count) return zero_extend(bits);
 #if defined(CPU_CAPABILITY_AVX512)
       const T* from = rows(i) + col;
-      const int64_t left = dim - col;
-      const __mmask16 some = left >= kLanes<float> ? 0xffff : static_cast<__mmask16>((1u << (left > 0 ? left : 0)) - 1u);
+      const int64_t left = dim - col > 0 ? dim - col : 0;
+      const __mmask16 some = left >= kLanes<float> ? 0xffff : static_cast<__mmask16>((1u << left) - 1u);
       bits = bit_cast<UInt16Half>(_mm256_maskz_loadu_epi16(some, from));
 #endif
       return zero_extend(bits);

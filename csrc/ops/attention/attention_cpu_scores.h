@@ -75,7 +75,8 @@ inline ScoreRow score_row(const AttentionInputs& in, const Sequence& s, int64_t 
   ScoreRow row{};
   const int64_t center = in.top_left ? query : query + s.keys - s.queries;
   const int64_t low = in.window_left >= 0 && center > in.window_left ? center - in.window_left : 0;
-  const int64_t high = in.window_right >= 0 && s.keys - center > in.window_right ? center + in.window_right + 1 : s.keys;
+  const bool ends = in.window_right >= 0 && s.keys - center > in.window_right;
+  const int64_t high = ends ? center + in.window_right + 1 : s.keys;
   row.low = low < s.keys ? low : s.keys;
   row.high = high < row.low ? row.low : high;
   row.center = static_cast<float>(center);

@@ -223,7 +223,9 @@ class FwdTask {
       const ScoreRow& row = memory.rows[first_row + i];
       float* s = memory.s + i * kBlockKeys;
       if (!plain) finish_scores<T>(in, row, key + c0, c1 - c0, end, s + c0, nullptr);
-      if (row.low > key + c0 || row.high < key + c1) leave_out(s + c0, c1 - c0, row.low - key - c0, row.high - key - c0);
+      if (row.low > key + c0 || row.high < key + c1) {
+        leave_out(s + c0, c1 - c0, row.low - key - c0, row.high - key - c0);
+      }
     }
     if (plain) {
       softmax_rows<T, P, true>(in, memory, first_row, count, key, c0, c1, weights, factors);

@@ -130,7 +130,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_kvcache_fwd(
     int64_t window_left, int64_t window_right, bool top_left, double softcap) {
   AttentionTensors tensors{q, k_cache, v_cache, nullptr, get(alibi_slopes), get(sinks)};
   tensors.seqlens_k = get(seqlens_k), tensors.block_table = get(block_table);
-  return attention_fwd_call("attention_kvcache_fwd", tensors, {scale, window_left, window_right, top_left, softcap, 0.0},
+  return attention_fwd_call("attention_kvcache_fwd", tensors,
+                            {scale, window_left, window_right, top_left, softcap, 0.0},
                             [](const AttentionFwdParams& p) { run_fwd("attention_kvcache_fwd", p); });
 }
 
