@@ -2,6 +2,14 @@
 
 from llmkernels.ops.attention.op import AttentionFunction
 from llmkernels.ops.gated.op import GatedFunction
+from llmkernels.ops.lstm.op import LSTMCellFunction, LSTMFunction
 from llmkernels.ops.norm.op import LayerNormFunction, RMSNormFunction
 
-__all__ = ["AttentionFunction", "GatedFunction", "LayerNormFunction", "RMSNormFunction"]
+__all__ = [
+    "AttentionFunction",
+    "GatedFunction",
+    "LSTMCellFunction",
+    "LSTMFunction",
+    "LayerNormFunction",
+    "RMSNormFunction",
+]
