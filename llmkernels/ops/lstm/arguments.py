@@ -86,7 +86,11 @@ def check_layers(input: Tensor, layers: list[Layer], directions: int) -> tuple[i
         where = f"of layer {index // directions}{' reverse' if index % directions else ''}"
         shapes = ((4 * hidden, columns), (4 * hidden, size), (4 * hidden,), (4 * hidden,), (size, hidden),
                   (4 * hidden,), (4 * hidden,), (hidden,), (hidden,))  # fmt: skip
-        check_like("lstm", input, [(f"{name} {where}", *rest) for name, *rest in zip(layer._fields, layer, shapes, strict=True)])
+        check_like(
+            "lstm",
+            input,
+            [(f"{name} {where}", *rest) for name, *rest in zip(layer._fields, layer, shapes, strict=True)],
+        )
     return hidden, size
 
 

@@ -175,24 +175,14 @@ def _no_kernel(*_) -> str:
     return "there is no kernel of this op"
 
 
-_FAMILY = "llmkernels.ops.lstm.triton_kernels"
-_op.lazy_triton(_FAMILY, ("lstm_cell_fwd", "lstm_cell_bwd"))
-
+_CELL_KERNELS = ("lstm_cell_fwd", "lstm_cell_bwd")
+_CELL_REFERENCES = (reference.lstm_cell_fwd, reference.lstm_cell_bwd)
 registry.register(
     "lstm_cell",
-    *_op.backends(
-        "lstm_cell",
-        "lstm_cell_fwd",
-        "lstm_cell_bwd",
-        reference.lstm_cell_fwd,
-        reference.lstm_cell_bwd,
-        refuse=dict.fromkeys(("cpu", "cuda", "triton"), _no_kernel),
-    ),
+    *_op.backends("lstm_cell", *_CELL_KERNELS, *_CELL_REFERENCES, refuse=dict.fromkeys(("cuda", "triton"), _no_kernel)),
 )
 # The numbers of sequences of the steps are values, and a loop over all steps would be traced step by step.
 _KERNELS = ("lstm_recurrence_fwd", "lstm_recurrence_bwd")
 _OPAQUE = map(_op.opaque_reference, _KERNELS, (reference.lstm_recurrence_fwd, reference.lstm_recurrence_bwd))
-registry.register(
-    "lstm",
-    *_op.backends("lstm", *_KERNELS, *_OPAQUE, refuse=dict.fromkeys(("cpu", "cuda", "triton"), _no_kernel)),
-)
+_REFUSE = {"cuda": _no_kernel, "triton": _no_kernel, "cpu": _kernels_refuse}
+registry.register("lstm", *_op.backends("lstm", *_KERNELS, *_OPAQUE, refuse=_REFUSE))

@@ -19,6 +19,7 @@ from llmkernels.ops.lstm.arguments import (
     checked_lengths,
     layers_of,
 )
+from llmkernels.ops.lstm.products import linear
 from llmkernels.ops.lstm.reference import Extras
 
 
@@ -54,8 +55,8 @@ def _gates_of_input(rows: Tensor, layer: Layer) -> Tensor:
     """[N, 4 * H]: what the input adds to the gates at all steps, in one product."""
     bias = None if layer.b_ih is None else layer.b_ih + layer.b_hh
     if layer.norm_ih is None:
-        return torch_functional.linear(rows, layer.w_ih, bias)
-    normed = torch_functional.layer_norm(torch_functional.linear(rows, layer.w_ih), layer.norm_ih.shape, layer.norm_ih)
+        return linear(rows, layer.w_ih, bias)
+    normed = torch_functional.layer_norm(linear(rows, layer.w_ih, None), layer.norm_ih.shape, layer.norm_ih)
     return normed if bias is None else normed + bias
 
 
