@@ -49,12 +49,15 @@ class Barrier {
   alignas(64) std::atomic<int> round_{0};
 };
 
-// libgomp's threads do not survive a fork, and a region of several in the child waits for them for ever.
+// libgomp's threads do not survive a fork, and a region of several in the child waits for them for ever. The first call,
+// when the module is loaded, registers what notices a fork.
 inline bool forked() {
   static std::atomic<bool> child{false};
   static const int registered = pthread_atfork(nullptr, nullptr, [] { child.store(true); });
   return registered != 0 || child.load(std::memory_order_relaxed);
 }
+
+inline const bool kForkedAtLoad = forked();
 
 // Calls work(thread, threads, wait) on up to `wanted` threads at once, where wait() returns when all have called it.
 template <class Work>

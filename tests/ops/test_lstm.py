@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch.nn.utils import rnn
 
+import llmkernels
 from llmkernels import _native, functional, nn
 from llmkernels.ops.lstm import cases, reference
 from llmkernels.testing.battery import failures, judge_results
 from llmkernels.testing.inputs import outputs_and_gradients, short_name
+from tests.conftest import device_of
 
 warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
 
@@ -160,55 +162,57 @@ def test_equals_torchs_module(backend, dtype, kind):
         check(a, b, (ours, theirs), TOLERANCE[dtype])
 
 
+def skip_unless(backend, case):
+    try:
+        cases.call(case, cases.make_inputs(case, device_of(backend)), backend)
+    except llmkernels.NoBackendError as error:
+        pytest.skip(f"{backend}: {str(error).split(': ', 2)[-1]}")
+
+
 def options_of(case, inputs):
     return (inputs.parameters(), case.bias, case.layers, 0.0, False, case.bidirectional, case.batch_first)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=short_name)
-def test_two_halves_with_the_state_handed_on_are_the_whole(dtype, backend, device, poison, case=None):
-    """Forward layers, B of one and more: y is exactly the same, c up to its rounding between the halves."""
-    for B in (1, 7):
-        case = cases.LSTMCase("lstm", T=8, B=B, layers=2, dtype=dtype)
-        inputs = cases.make_inputs(case, device)
-        run = lambda x, h, c: functional.lstm(x, (h, c), *options_of(case, inputs), backend=backend)
-        try:
-            whole = run(inputs.input, inputs.h0, inputs.c0)
-        except Exception as error:
-            pytest.skip(f"{backend}: {error}")
-        first, *state = run(inputs.input[:4], inputs.h0, inputs.c0)
-        second, *state = run(inputs.input[4:], *state)
-        tolerance = {"rtol": 0, "atol": {8: 1e-14, 4: 1e-6, 2: 4e-2}[dtype.itemsize]}
-        torch.testing.assert_close((torch.cat((first, second)), *state), whole, **tolerance)
+@pytest.mark.parametrize("B", (1, 7))
+def test_two_halves_with_the_state_handed_on_are_the_whole(B, dtype, backend, device, poison):
+    """Up to the rounding of c between the halves."""
+    case = cases.LSTMCase("lstm", T=8, B=B, layers=2, dtype=dtype)
+    skip_unless(backend, case)
+    inputs = cases.make_inputs(case, device)
+    run = lambda x, h, c: functional.lstm(x, (h, c), *options_of(case, inputs), backend=backend)
+    whole = run(inputs.input, inputs.h0, inputs.c0)
+    first, *state = run(inputs.input[:4], inputs.h0, inputs.c0)
+    second, *state = run(inputs.input[4:], *state)
+    tolerance = {"rtol": 0, "atol": {8: 1e-14, 4: 1e-6, 2: 4e-2}[dtype.itemsize]}
+    torch.testing.assert_close((torch.cat((first, second)), *state), whole, **tolerance)
 
 
-def test_nothing_is_read_past_a_length(backend, device, poison):
-    for options in ({}, {"bidirectional": True, "layers": 2}, {"proj": 7}, {"batch_first": True}):
-        case = cases.LSTMCase("lstm", T=6, B=4, lengths=(3, 6, 1, 5), **options)
-        inputs = cases.make_inputs(case, device)
-        try:
-            clean = outputs_and_gradients(inputs, lambda leaves: cases.call(case, leaves, backend))
-        except Exception as error:
-            pytest.skip(f"{backend}: {error}")
-        dirty = inputs.input.clone()
-        for b, length in enumerate(case.lengths):
-            (dirty[b, length:] if case.batch_first else dirty[length:, b]).fill_(float("nan"))
-        found = outputs_and_gradients(inputs.replace(input=dirty), lambda leaves: cases.call(case, leaves, backend))
-        assert all(torch.equal(found[name], clean[name]) for name in clean)
-        for b, length in enumerate(case.lengths):
-            late = found["output"][b, length:] if case.batch_first else found["output"][length:, b]
-            assert not late.any()
+@pytest.mark.parametrize("options", ({}, {"bidirectional": True, "layers": 2}, {"proj": 7}, {"batch_first": True}))
+def test_nothing_is_read_past_a_length(options, backend, device, poison):
+    case = cases.LSTMCase("lstm", T=6, B=4, lengths=(3, 6, 1, 5), **options)
+    skip_unless(backend, case)
+    inputs = cases.make_inputs(case, device)
+    clean = outputs_and_gradients(inputs, lambda leaves: cases.call(case, leaves, backend))
+    dirty, late = (
+        inputs.input.clone(),
+        lambda x, b: x[b, case.lengths[b] :] if case.batch_first else x[case.lengths[b] :, b],
+    )
+    for b in range(4):
+        late(dirty, b).fill_(float("nan"))
+    found = outputs_and_gradients(inputs.replace(input=dirty), lambda leaves: cases.call(case, leaves, backend))
+    assert all(torch.equal(found[name], clean[name]) for name in clean)
+    assert not any(late(found["output"], b).any() for b in range(4))
 
 
 def test_lengths_in_any_order_and_form(backend, device):
     case = cases.LSTMCase("lstm", T=6, B=4, lengths=(3, 6, 1, 5))
+    skip_unless(backend, case)
     inputs = cases.make_inputs(case, device)
     call = lambda lengths: functional.lstm(
         inputs.input, (inputs.h0, inputs.c0), *options_of(case, inputs), lengths=lengths, backend=backend
     )
-    try:
-        expected = call(torch.tensor(case.lengths))
-    except Exception as error:
-        pytest.skip(f"{backend}: {error}")
+    expected = call(torch.tensor(case.lengths))
     for lengths in (case.lengths, torch.tensor(case.lengths, dtype=torch.int32), torch.tensor(case.lengths).to(device)):
         assert all(map(torch.equal, call(lengths), expected))
 
@@ -300,19 +304,15 @@ def _parts(i, g, zero, full):
     return torch.ops.llmkernels_cpu.lstm_cell_fwd(gates, torch.zeros_like(gates), zero, False)[1]
 
 
+@pytest.mark.parametrize("op", cases.OPS)
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
-def test_special_values_propagate_as_in_torch(value, backend, device):
-    for op in cases.OPS:
-        case = cases.LSTMCase(op, T=3, B=4)
-        inputs = cases.make_inputs(case, device)
-        row = inputs.input.clone()
-        (row[1, 2] if op == "lstm" else row[2])[5] = value
-        inputs = inputs.replace(input=row)
-        try:
-            ours = cases.call(case, inputs, backend)
-        except Exception as error:
-            pytest.skip(f"{backend}: {error}")
-        torch.testing.assert_close(ours, cases.call_torch(case, inputs), equal_nan=True, rtol=1e-4, atol=1e-5)
+def test_special_values_propagate_as_in_torch(value, op, backend, device):
+    case = cases.LSTMCase(op, T=3, B=4)
+    skip_unless(backend, case)
+    inputs = cases.make_inputs(case, device)
+    (inputs.input[1, 2] if op == "lstm" else inputs.input[2])[5] = value
+    ours = cases.call(case, inputs, backend)
+    torch.testing.assert_close(ours, cases.call_torch(case, inputs), equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
 def test_reference_of_the_backward_is_autograds():

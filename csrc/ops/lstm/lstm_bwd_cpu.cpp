@@ -69,8 +69,9 @@ struct Backward {
   }
 
   static void multiply(bool packed, const Operand<T>* a, int64_t stride, int64_t rows, const Operand<T>* panel,
-                       const T* weights, int64_t common, int64_t cols, int64_t first, auto&& f) {
-    if (packed) return multiply_rows<T>(a, stride, rows, panel, depth_of<T>(common), f);
+                       const Operand<T>* next, const T* weights, int64_t common, int64_t cols, int64_t first,
+                       auto&& f) {
+    if (packed) return multiply_rows<T>(a, stride, rows, panel, next, depth_of<T>(common), f);
     for (int64_t b = 0; b < rows; ++b) {
       Vec<Acc> sums[kBlockVectors];
       dot_columns<T>(a + b * stride, weights, common, cols, first, sums);
@@ -80,10 +81,10 @@ struct Backward {
 
   void step(bool packed, int64_t step, bool projection, int64_t begin, int64_t end) const {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kBlockColumns<T>;
+      const int64_t first = block * kBlockColumns<T>, following = block + 1 < end ? block + 1 : begin;
       if (projection) {
-        multiply(packed, inner(), inner_stride, count(step), hr_panel(block), static_cast<const T*>(p.w_hr), R, H,
-                 first, [&](int64_t b, const Vec<Acc>(&dm)[kBlockVectors]) {
+        multiply(packed, inner(), inner_stride, count(step), hr_panel(block), hr_panel(following),
+                 static_cast<const T*>(p.w_hr), R, H, first, [&](int64_t b, const Vec<Acc>(&dm)[kBlockVectors]) {
                    for (int v = 0; v < kBlockVectors; ++v) {
                      const int64_t unit = first + v * kUnits;
                      with_units<Acc>(unit, H, [&](auto part) { units(step, b, unit, dm[v], part); });
@@ -92,8 +93,8 @@ struct Backward {
         continue;
       }
       const int64_t rows = count(step + 1);
-      multiply(packed, dgates(step + 1), d_stride, rows, hh_panel(block), static_cast<const T*>(p.w_hh), 4 * H, R, first,
-               [&](int64_t b, const Vec<Acc>(&dh)[kBlockVectors]) {
+      multiply(packed, dgates(step + 1), d_stride, rows, hh_panel(block), hh_panel(following),
+               static_cast<const T*>(p.w_hh), 4 * H, R, first, [&](int64_t b, const Vec<Acc>(&dh)[kBlockVectors]) {
                  for (int v = 0; v < kBlockVectors; ++v) arrived(step, b, first + v * kUnits, dh[v], true);
                });
       for (int64_t b = rows; b < count(step); ++b) {

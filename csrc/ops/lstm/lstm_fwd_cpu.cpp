@@ -74,7 +74,8 @@ struct Forward {
                        int64_t end, Panel&& panel, RowOf&& row_of, const T* some_row, Make&& make) {
     if (packed) {
       for (int64_t block = begin; block < end; ++block) {
-        multiply_rows<T>(a, stride, rows, panel(block), depth_of<T>(common), make(block));
+        const Operand<T>* next = panel(block + 1 < end ? block + 1 : begin);
+        multiply_rows<T>(a, stride, rows, panel(block), next, depth_of<T>(common), make(block));
       }
       return;
     }

@@ -81,15 +81,17 @@ inline void multiply_add(Vec<AccOf<T>>& sum, Vec<AccOf<T>> a, Vec<AccOf<T>> w) {
 }
 
 // kRows rows with one panel. Few rows get several sums each, by turns: otherwise each addition waits for the last one.
+// `ahead` is fetched into the cache on the way, a line at a time.
 template <class T, int kRows, class F>
 inline void multiply_tile(const Operand<T>* a, int64_t stride, const Operand<T>* panel, int64_t depth, int64_t row,
-                          F&& f) {
+                          const char* ahead, F&& f) {
   using Acc = AccOf<T>;
   constexpr int kTurns = kRows >= 3 || kVectorBytes != 64 ? 1 : kRows == 2 ? 2 : 4;
   constexpr int64_t kStep = kBlockColumns<T> * kDeep<T>;
   Vec<Acc> sums[kTurns][kRows][kBlockVectors] = {};
   int64_t k = 0;
   for (; k + kTurns <= depth; k += kTurns) {
+    __builtin_prefetch(ahead + k * 64, 0, 2);
 #pragma GCC unroll 4
     for (int turn = 0; turn < kTurns; ++turn) {
       Vec<Acc> w[kBlockVectors];
@@ -128,21 +130,23 @@ inline void multiply_tile(const Operand<T>* a, int64_t stride, const Operand<T>*
   }
 }
 
-// Calls f(row, sums) for the products of rows [0, rows) with a panel, in tiles as equal as can be.
+// Calls f(row, sums) for the products of rows [0, rows) with a panel, in tiles as equal as can be. `next` is the panel
+// of the product that follows: the weights of all panels are more than the nearer caches hold.
 template <class T, class F>
-inline void multiply_rows(const Operand<T>* a, int64_t stride, int64_t rows, const Operand<T>* panel, int64_t depth,
-                          F&& f) {
+inline void multiply_rows(const Operand<T>* a, int64_t stride, int64_t rows, const Operand<T>* panel,
+                          const Operand<T>* next, int64_t depth, F&& f) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t begin = rows * tile / tiles, count = rows * (tile + 1) / tiles - begin;
     const Operand<T>* from = a + begin * stride;
-    if (count == 1) multiply_tile<T, 1>(from, stride, panel, depth, begin, f);
-    if (count == 2) multiply_tile<T, 2>(from, stride, panel, depth, begin, f);
+    const char* ahead = reinterpret_cast<const char*>(next) + tile * depth * 64;
+    if (count == 1) multiply_tile<T, 1>(from, stride, panel, depth, begin, ahead, f);
+    if (count == 2) multiply_tile<T, 2>(from, stride, panel, depth, begin, ahead, f);
     if constexpr (kTileRows > 2) {
-      if (count == 3) multiply_tile<T, 3>(from, stride, panel, depth, begin, f);
-      if (count == 4) multiply_tile<T, 4>(from, stride, panel, depth, begin, f);
-      if (count == 5) multiply_tile<T, 5>(from, stride, panel, depth, begin, f);
-      if (count == 6) multiply_tile<T, 6>(from, stride, panel, depth, begin, f);
+      if (count == 3) multiply_tile<T, 3>(from, stride, panel, depth, begin, ahead, f);
+      if (count == 4) multiply_tile<T, 4>(from, stride, panel, depth, begin, ahead, f);
+      if (count == 5) multiply_tile<T, 5>(from, stride, panel, depth, begin, ahead, f);
+      if (count == 6) multiply_tile<T, 6>(from, stride, panel, depth, begin, ahead, f);
     }
   }
 }

@@ -175,11 +175,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lstm_fwd_
                     ", those of c0, without w_hr");
   const Steps steps(op, batch_sizes, rows, batch, hidden, size, reverse);
   const auto options = x.options();
-  at::Tensor y = steps.gaps() ? at::zeros({rows, size}, options) : empty({rows, size}, options);
+  const auto make = [&](bool wanted, int64_t cols, const at::TensorOptions& of) {
+    if (!wanted) return empty({0}, of);
+    return steps.gaps() ? at::zeros({rows, cols}, of) : empty({rows, cols}, of);
+  };
+  at::Tensor y = make(true, size, options);
   at::Tensor h_n = empty(h0.sizes(), options), c_n = empty(c0.sizes(), options);
-  const std::array<int64_t, 2> wide = {rows, 4 * hidden}, narrow = {rows, hidden};
-  at::Tensor gates = empty(save ? at::IntArrayRef(wide) : at::IntArrayRef{0}, options);
-  at::Tensor cells = empty(save ? at::IntArrayRef(narrow) : at::IntArrayRef{0}, options.dtype(acc_of(x)));
+  at::Tensor gates = make(save, 4 * hidden, options), cells = make(save, hidden, options.dtype(acc_of(x)));
   p.at = steps.at();
   p.gates_x = pointer(x);
   p.h0 = pointer(h);

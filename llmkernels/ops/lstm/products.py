@@ -41,7 +41,11 @@ class _LinearFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         product = (lambda a, b: a @ b.t()) if is_differentiated() else _onednn
         dx = product(dy, weight.t()) if needs[0] else None
-        dweight = product(dy.t(), x.t()) if needs[1] else None
+        dweight = None
+        if needs[1]:
+            # csrc/torch/product.h says why, and does the same for w_hh.
+            many = x.shape[0] >= 4 * x.shape[1]
+            dweight = product(x.t(), dy.t()).t().contiguous() if many else product(dy.t(), x.t())
         return dx, dweight, dy.sum(0) if needs[2] else None
 
 
