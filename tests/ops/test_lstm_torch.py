@@ -195,7 +195,7 @@ PLACES = {
     "after a fork": "gates, h, w = torch.randn(160, 1024), torch.randn(8, 256), torch.randn(1024, 256)\n"
     "run = lambda: torch.ops.llmkernels_cpu.lstm_recurrence_fwd(gates, h, h, w, None, None, False, False)[0]\n"
     "y = run(); pid = os.fork()\n"
-    "if pid == 0:\n    os._exit(0 if torch.equal(run()[-8:], y[-8:]) else 1)\nassert os.waitpid(pid, 0)[1] == 0\ncheck()",
+    "if pid == 0:\n    os._exit(not torch.equal(run()[-8:], y[-8:]))\nassert os.waitpid(pid, 0)[1] == 0\ncheck()",
     "a worker of a DataLoader": "class Data(torch.utils.data.Dataset):\n"
     "    def __len__(self): return 2\n    def __getitem__(self, i): check(); return i\n"
     "assert len(list(torch.utils.data.DataLoader(Data(), num_workers=1))) == 2",

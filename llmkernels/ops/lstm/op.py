@@ -172,15 +172,13 @@ def _kernels_refuse(gates_x, h0, c0, w_hh, w_hr, *extras) -> str | None:
 
 
 def _no_kernel(*_) -> str:
-    return "there is no kernel of this op"
+    return "it has no kernel of whole sequences"
 
 
 _CELL_KERNELS = ("lstm_cell_fwd", "lstm_cell_bwd")
 _CELL_REFERENCES = (reference.lstm_cell_fwd, reference.lstm_cell_bwd)
-registry.register(
-    "lstm_cell",
-    *_op.backends("lstm_cell", *_CELL_KERNELS, *_CELL_REFERENCES, refuse=dict.fromkeys(("cuda", "triton"), _no_kernel)),
-)
+_op.lazy_triton("llmkernels.ops.lstm.triton_kernels", _CELL_KERNELS)
+registry.register("lstm_cell", *_op.backends("lstm_cell", *_CELL_KERNELS, *_CELL_REFERENCES))
 # The numbers of sequences of the steps are values, and a loop over all steps would be traced step by step.
 _KERNELS = ("lstm_recurrence_fwd", "lstm_recurrence_bwd")
 _OPAQUE = map(_op.opaque_reference, _KERNELS, (reference.lstm_recurrence_fwd, reference.lstm_recurrence_bwd))
