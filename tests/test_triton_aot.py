@@ -25,7 +25,8 @@ def compiled():
 
 
 def test_all_kernels_and_architectures_compiled(compiled):
-    kernels = {"_norm_fwd_kernel", "_norm_bwd_kernel", "_norm_reduce_kernel", "_gated_fwd_kernel", "_gated_bwd_kernel"}
+    kernels = {"_norm_fwd_kernel", "_norm_bwd_kernel", "_norm_reduce_kernel", "_gated_fwd_kernel", "_gated_bwd_kernel",
+               "_lstm_cell_fwd_kernel", "_lstm_cell_bwd_kernel"}  # fmt: skip
     assert {(row["kernel"], row["capability"]) for row in compiled} == {(k, c) for k in kernels for c in (80, 90, 100)}
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llmkernels.ops.gated import cases as gated
+from llmkernels.ops.lstm import cases as lstm
 from llmkernels.ops.norm import cases
 from llmkernels.testing.battery import evaluate, failures, judge
 from tests.ptxsim import backend as simulated
@@ -39,6 +40,15 @@ GATED = [
 ]
 
 
+# Every dtype, within a block and beyond.
+LSTM = [
+    lstm.LSTMCase("lstm_cell", B=3, H=33, dtype=torch.float64),
+    lstm.LSTMCase("lstm_cell", B=2, H=600, dtype=torch.bfloat16),
+    lstm.LSTMCase("lstm_cell", B=5, H=72, dtype=torch.float16),
+    lstm.LSTMCase("lstm_cell", B=5, H=20, data="large"),
+]
+
+
 @pytest.fixture(params=NAMES)
 def backend(request) -> str:
     return request.param
@@ -52,6 +62,11 @@ def test_matches_fp64_truth(case, backend):
 @pytest.mark.parametrize("case", GATED, ids=str)
 def test_gated_matches_fp64_truth(case, backend):
     assert failures(judge(gated, case, backend)) == []
+
+
+@pytest.mark.parametrize("case", LSTM, ids=str)
+def test_lstm_cell_matches_fp64_truth(case, backend):
+    assert failures(judge(lstm, case, backend)) == []
 
 
 @pytest.mark.parametrize("op", ("layer_norm", "add_rms_norm"))
