@@ -1,12 +1,17 @@
 """lstm_cell: one step of one layer."""
 
 import torch
-import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from llmkernels import _op, registry
+from llmkernels._autograd import needs_grad
 from llmkernels.ops.lstm import op
 from llmkernels.ops.lstm.arguments import check_input, check_like
+from llmkernels.ops.lstm.products import linear
+
+# The kernel of whole sequences reads w_hh where it is for so few rows: one step of it is cheaper than a product and
+# the rest of a step apart.
+FEW_ROWS = 2
 
 
 def _check(input: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih, b_hh) -> None:
@@ -47,10 +52,14 @@ def lstm_cell(
     chosen = registry.pick("lstm_cell", (input, h, c, w_ih, w_hh, b_ih, b_hh), backend)
     if torch.compiler.is_exporting() and chosen.name != "torch":
         chosen = registry.entry("lstm_cell", registry.PORTABLE)
-    gates_x, gates_h = torch_functional.linear(input, w_ih, b_ih), torch_functional.linear(h, w_hh, b_hh)
+    gates_x = linear(input, w_ih, b_ih)
     if gates_x.dtype != c.dtype:  # under autocast
-        gates_x, gates_h = gates_x.to(c.dtype), gates_h.to(c.dtype)
-    return op.cell(gates_x, gates_h, c, chosen)
+        gates_h = linear(h, w_hh, b_hh)
+        return op.cell(gates_x.to(c.dtype), gates_h.to(c.dtype), c, chosen)
+    if chosen.name == "cpu" and len(input) <= FEW_ROWS and not needs_grad(gates_x, h, c, w_hh, b_hh):
+        gates_x = gates_x if b_hh is None else gates_x + b_hh
+        return registry.entry("lstm", "cpu").fwd(gates_x, h, c, w_hh, None, None, False, False)[:2]
+    return op.cell(gates_x, linear(h, w_hh, b_hh), c, chosen)
 
 
 _op.define_public(
