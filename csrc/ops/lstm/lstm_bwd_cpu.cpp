@@ -68,37 +68,55 @@ struct Backward {
     });
   }
 
-  static void multiply(bool packed, const Operand<T>* a, int64_t stride, int64_t rows, const Operand<T>* panel,
-                       const Operand<T>* next, const T* weights, int64_t common, int64_t cols, int64_t first,
-                       auto&& f) {
-    if (packed) return multiply_rows<T>(a, stride, rows, panel, next, depth_of<T>(common), f);
-    for (int64_t b = 0; b < rows; ++b) {
-      Vec<Acc> sums[kBlockVectors];
-      dot_columns<T>(a + b * stride, weights, common, cols, first, sums);
-      f(b, sums);
+  // Blocks [begin, end) of a product: make(first column) gives what becomes of the sums of a row.
+  template <class Panel, class Make>
+  static void multiply(bool packed, const Operand<T>* a, int64_t stride, int64_t rows, const T* weights, int64_t common,
+                       int64_t cols, int64_t begin, int64_t end, Panel&& panel, Make&& make) {
+    if (packed) {
+      for (int64_t block = begin; block < end; ++block) {
+        multiply_rows<T>(a, stride, rows, panel(block), panel(block + 1 < end ? block + 1 : begin), depth_of<T>(common),
+                         make(block * kBlockColumns<T>));
+      }
+      return;
+    }
+    constexpr int kBlocks = 16;  // at a time, for long runs of memory; their sums are 4096 bytes
+    for (int64_t block = begin; block < end; block += kBlocks) {
+      const int64_t blocks = end - block < kBlocks ? end - block : kBlocks;
+      for (int64_t b = 0; b < rows; ++b) {
+        Vec<Acc> sums[kBlocks][kBlockVectors];
+        dot_columns<T>(a + b * stride, weights, common, cols, block * kBlockColumns<T>, blocks * kBlockVectors, sums[0]);
+        for (int64_t i = 0; i < blocks; ++i) make((block + i) * kBlockColumns<T>)(b, sums[i]);
+      }
     }
   }
 
   void step(bool packed, int64_t step, bool projection, int64_t begin, int64_t end) const {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kBlockColumns<T>, following = block + 1 < end ? block + 1 : begin;
-      if (projection) {
-        multiply(packed, inner(), inner_stride, count(step), hr_panel(block), hr_panel(following),
-                 static_cast<const T*>(p.w_hr), R, H, first, [&](int64_t b, const Vec<Acc>(&dm)[kBlockVectors]) {
+    if (projection) {
+      multiply(packed, inner(), inner_stride, count(step), static_cast<const T*>(p.w_hr), R, H, begin, end,
+               [&](int64_t block) { return hr_panel(block); },
+               [&](int64_t first) {
+                 return [this, step, first](int64_t b, const Vec<Acc>(&dm)[kBlockVectors]) {
                    for (int v = 0; v < kBlockVectors; ++v) {
                      const int64_t unit = first + v * kUnits;
                      with_units<Acc>(unit, H, [&](auto part) { units(step, b, unit, dm[v], part); });
                    }
-                 });
-        continue;
-      }
-      const int64_t rows = count(step + 1);
-      multiply(packed, dgates(step + 1), d_stride, rows, hh_panel(block), hh_panel(following),
-               static_cast<const T*>(p.w_hh), 4 * H, R, first, [&](int64_t b, const Vec<Acc>(&dh)[kBlockVectors]) {
-                 for (int v = 0; v < kBlockVectors; ++v) arrived(step, b, first + v * kUnits, dh[v], true);
+                 };
                });
+      return;
+    }
+    const int64_t rows = count(step + 1);
+    multiply(packed, dgates(step + 1), d_stride, rows, static_cast<const T*>(p.w_hh), 4 * H, R, begin, end,
+             [&](int64_t block) { return hh_panel(block); },
+             [&](int64_t first) {
+               return [this, step, first](int64_t b, const Vec<Acc>(&dh)[kBlockVectors]) {
+                 for (int v = 0; v < kBlockVectors; ++v) arrived(step, b, first + v * kUnits, dh[v], true);
+               };
+             });
+    for (int64_t block = begin; block < end; ++block) {
       for (int64_t b = rows; b < count(step); ++b) {
-        for (int v = 0; v < kBlockVectors; ++v) arrived(step, b, first + v * kUnits, Vec<Acc>{}, false);
+        for (int v = 0; v < kBlockVectors; ++v) {
+          arrived(step, b, block * kBlockColumns<T> + v * kUnits, Vec<Acc>{}, false);
+        }
       }
     }
   }

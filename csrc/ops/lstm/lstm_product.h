@@ -294,39 +294,54 @@ inline Vec<AccOf<T>> dot_rows(const Operand<T>* a, int64_t common, F&& row_of) {
   return sum_each<Acc>(sums);
 }
 
-// Products of one operand row with a block of columns of weights [common, cols].
+// One element of an operand row.
+template <class T>
+inline AccOf<T> operand_at(const Operand<T>* a, int64_t k) {
+  if constexpr (kPairs<T>) {
+    const uint32_t bits = static_cast<uint32_t>(a[k].bits) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof(value));
+    return value;
+  } else {
+    return a[k];
+  }
+}
+
+// sums[v] += products of kRows elements of an operand row with as many rows of weights, `vectors` whole vectors of
+// columns from `column` on and, if `tail`, what is left of a row behind them.
+template <class T, int kRows>
+inline void add_rows(const Operand<T>* a, const T* weights, int64_t cols, int64_t k, int64_t column, int64_t vectors,
+                     bool tail, Vec<AccOf<T>>* sums) {
+  using Acc = AccOf<T>;
+  Vec<Acc> x[kRows];
+  const T* row[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = splat(operand_at<T>(a, k + r));
+    row[r] = weights + (k + r) * cols;
+  }
+  for (int64_t v = 0; v < vectors; ++v) {
+    Vec<Acc> sum = sums[v];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum += x[r] * load(row[r] + column + v * kLanes<Acc>);
+    sums[v] = sum;
+  }
+  if (!tail) return;
+  for (int r = 0; r < kRows; ++r) sums[vectors] += x[r] * load_columns<T>(row[r], cols, column + vectors * kLanes<Acc>);
+}
+
+// Products of one operand row with the columns [first, first + kLanes * count) of weights [common, cols], read in long
+// runs of eight rows side by side.
 template <class T>
 inline void dot_columns(const Operand<T>* a, const T* weights, int64_t common, int64_t cols, int64_t first,
-                        Vec<AccOf<T>> (&total)[kBlockVectors]) {
+                        int64_t count, Vec<AccOf<T>>* sums) {
   using Acc = AccOf<T>;
-  Vec<Acc> sums[2][kBlockVectors] = {};
-  const auto multiply = [&](int64_t k, int turn, bool whole) {
-    const T* row = weights + k * cols;
-    Vec<Acc> x;
-    if constexpr (kPairs<T>) {
-      uint32_t bits = static_cast<uint32_t>(a[k].bits) << 16;
-      float value;
-      __builtin_memcpy(&value, &bits, sizeof(value));
-      x = splat(value);
-    } else {
-      x = splat(a[k]);
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < kBlockVectors; ++v) {
-      const int64_t column = first + v * kLanes<Acc>;
-      sums[turn][v] += x * (whole ? load(row + column) : load_columns<T>(row, cols, column));
-    }
-  };
+  for (int64_t v = 0; v < count; ++v) sums[v] = Vec<Acc>{};
+  const int64_t whole = (cols - first) / kLanes<Acc>;
+  const int64_t vectors = whole < count ? whole : count;
+  const bool tail = vectors < count && first + vectors * kLanes<Acc> < cols;
   int64_t k = 0;
-  if (first + kBlockColumns<T> <= cols) {
-    for (; k + 2 <= common; k += 2) {
-      multiply(k, 0, true);
-      multiply(k + 1, 1, true);
-    }
-  }
-  for (; k < common; ++k) multiply(k, 0, false);
-#pragma GCC unroll 4
-  for (int v = 0; v < kBlockVectors; ++v) total[v] = sums[0][v] + sums[1][v];
+  for (; k + 8 <= common; k += 8) add_rows<T, 8>(a, weights, cols, k, first, vectors, tail, sums);
+  for (; k < common; ++k) add_rows<T, 1>(a, weights, cols, k, first, vectors, tail, sums);
 }
 
 // --- operands ---
