@@ -8,6 +8,8 @@ from llmkernels.ops.attention.varlen import attention_varlen
 from llmkernels.ops.cross_entropy.linear_op import linear_cross_entropy
 from llmkernels.ops.cross_entropy.op import cross_entropy
 from llmkernels.ops.gated.op import geglu, reglu, swiglu
+from llmkernels.ops.lstm.cell import lstm_cell
+from llmkernels.ops.lstm.sequence import lstm
 from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from llmkernels.ops.rope.cache import rope_cache
 from llmkernels.ops.rope.op import rope, rope_
@@ -25,6 +27,8 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "log_softmax",
+    "lstm",
+    "lstm_cell",
     "merge_attention",
     "reglu",
     "rms_norm",

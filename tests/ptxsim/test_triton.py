@@ -11,6 +11,7 @@ from llmkernels.ops.attention import cases as attention
 from llmkernels.ops.attention import reference
 from llmkernels.ops.cross_entropy import cases as cross_entropy
 from llmkernels.ops.gated import cases as gated
+from llmkernels.ops.lstm import cases as lstm
 from llmkernels.ops.norm import cases
 from llmkernels.ops.rope import cases as rope
 from llmkernels.ops.softmax import cases as softmax
@@ -95,6 +96,15 @@ ACTIVATION = [
 ]
 
 
+# Every dtype, within a block and beyond.
+LSTM = [
+    lstm.LSTMCase("lstm_cell", B=3, H=33, dtype=torch.float64),
+    lstm.LSTMCase("lstm_cell", B=2, H=600, dtype=torch.bfloat16),
+    lstm.LSTMCase("lstm_cell", B=5, H=72, dtype=torch.float16),
+    lstm.LSTMCase("lstm_cell", B=5, H=20, data="large"),
+]
+
+
 @pytest.fixture(params=NAMES)
 def backend(request) -> str:
     return request.param
@@ -171,6 +181,11 @@ def test_sample_agrees_with_sorting(dtype, options, backend):
         for name in (backend, "torch")
     )
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", LSTM, ids=str)
+def test_lstm_cell_matches_fp64_truth(case, backend):
+    assert failures(judge(lstm, case, backend)) == []
 
 
 @pytest.mark.parametrize("op", ("layer_norm", "add_rms_norm"))

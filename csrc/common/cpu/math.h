@@ -101,6 +101,30 @@ inline Vec<Acc> exp(Vec<Acc> x) {
 #endif
 }
 
+template <class Acc, bool kCoarse = false>
+inline Vec<Acc> sigmoid(Vec<Acc> x) {
+  return Acc{1} / (Acc{1} + exp<Acc, kCoarse>(-x));
+}
+
+// tanh(x) = e / (e + 2) with e = exp(2 x) - 1 = 2^n (exp(r) - 1) + (2^n - 1), in which nothing cancels: for small x
+// n is zero, and the rest is r and its higher powers.
+template <class Acc, bool kCoarse = false>
+inline Vec<Acc> tanh(Vec<Acc> x) {
+  using Of = ExpOf<Acc>;
+  const Vec<Acc> twice = clamped<Acc>(x + x, Acc{-44}, Acc{44});  // beyond, the result is 1 in every digit
+  const Vec<Acc> shifted = twice * static_cast<Acc>(1.4426950408889634) + Of::kShift;
+  const Vec<Acc> n = shifted - Of::kShift;
+  constexpr Acc kLn2 = static_cast<Acc>(0.6931471805599453);
+  const Vec<Acc> r = kCoarse ? twice - n * kLn2 : (twice - n * Of::kLn2High) - n * Of::kLn2Low;
+  const Vec<Acc> r2 = r * r, r4 = r2 * r2, r8 = r4 * r4;
+  const Vec<Acc> p = r + r2 * taylor<Acc, 2, (kCoarse ? 5 : Of::kTerms) - 1>(r, r2, r4, r8);
+  using Bits = typename Of::Bits;
+  const Vec<Acc> power = bit_cast<Vec<Acc>>((bit_cast<Bits>(shifted) - (Of::kShiftBits - Of::kBias))
+                                            << Of::kMantissaBits);
+  const Vec<Acc> e = power * p + (power - Acc{1});
+  return e / (e + Acc{2});
+}
+
 // The standard normal distribution at x: cumulative, and its density.
 template <class Acc>
 struct Normal {

@@ -1,0 +1,397 @@
+// Products of a few rows with weights, for the sequence kernels. As vec.h: for sources that are compiled once per
+// instruction set.
+//
+// A product's columns are cut into blocks of kBlockVectors vectors. The left operand's rows and the panels hold
+// Operand<T>: T's sums' type, or bf16 itself where an instruction multiplies pairs of it.
+#pragma once
+
+#include "ops/lstm/lstm_cpu.h"
+#include "ops/lstm/lstm_step.h"
+
+namespace llmkernels::cpu::CPU_CAPABILITY {
+namespace {
+
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+template <class T>
+constexpr bool kPairs = std::is_same_v<T, BFloat16>;
+#else
+template <class T>
+constexpr bool kPairs = false;
+#endif
+
+template <class T>
+using Operand = std::conditional_t<kPairs<T>, BFloat16, AccOf<T>>;
+template <class T>
+constexpr int kDeep = kPairs<T> ? 2 : 1;  // how much of the common dimension one multiplication takes
+
+constexpr int kBlockVectors = 4;  // the four gates of a vector of units, or four vectors of columns
+template <class T>
+constexpr int64_t kBlockColumns = kBlockVectors * kLanes<AccOf<T>>;
+// Rows of a register tile: with AVX-512 24 of the 32 registers are sums, otherwise 8 of 16.
+constexpr int kTileRows = kVectorBytes == 64 ? 6 : 2;
+
+template <class T>
+inline int64_t depth_of(int64_t common) {
+  return (common + kDeep<T> - 1) / kDeep<T>;
+}
+
+// Elements from one row of an operand to the next: whole vectors, and one more, so that the rows of a tile are not a
+// multiple of 4096 bytes apart, which would put them into the same lines of the cache.
+template <class T>
+inline int64_t operand_stride(int64_t cols) {
+  constexpr int64_t kLine = 64 / sizeof(Operand<T>);
+  return (cols + kLine - 1) / kLine * kLine + kLine;
+}
+
+template <class T>
+inline int64_t panel_bytes(int64_t common) {
+  return depth_of<T>(common) * kBlockVectors * kVectorBytes;
+}
+
+// --- sum += a * w ---
+
+template <class T>
+inline Vec<AccOf<T>> load_weights(const Operand<T>* from) {
+  Vec<AccOf<T>> bits;  // with pairs: bits of as many bytes
+  __builtin_memcpy(&bits, from, sizeof(bits));
+  return bits;
+}
+
+template <class T>
+inline Vec<AccOf<T>> splat_operand(const Operand<T>* from) {
+  if constexpr (kPairs<T>) {
+    float pair;
+    __builtin_memcpy(&pair, from, sizeof(pair));
+    return splat(pair);
+  } else {
+    return splat(*from);
+  }
+}
+
+template <class T>
+inline void multiply_add(Vec<AccOf<T>>& sum, Vec<AccOf<T>> a, Vec<AccOf<T>> w) {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+  if constexpr (kPairs<T>) {
+    sum = bit_cast<FloatVector>(
+        _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(w)));
+    return;
+  }
+#endif
+  sum += a * w;
+}
+
+// kRows rows with one panel. Few rows get several sums each, by turns: otherwise each addition waits for the last one.
+// `ahead` is fetched into the cache on the way, a line at a time.
+template <class T, int kRows, class F>
+inline void multiply_tile(const Operand<T>* a, int64_t stride, const Operand<T>* panel, int64_t depth, int64_t row,
+                          const char* ahead, F&& f) {
+  using Acc = AccOf<T>;
+  constexpr int kTurns = kRows >= 3 || kVectorBytes != 64 ? 1 : kRows == 2 ? 2 : 4;
+  constexpr int64_t kStep = kBlockColumns<T> * kDeep<T>;
+  Vec<Acc> sums[kTurns][kRows][kBlockVectors] = {};
+  int64_t k = 0;
+  for (; k + kTurns <= depth; k += kTurns) {
+    __builtin_prefetch(ahead + k * 64, 0, 2);
+#pragma GCC unroll 4
+    for (int turn = 0; turn < kTurns; ++turn) {
+      Vec<Acc> w[kBlockVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kBlockVectors; ++v) {
+        w[v] = load_weights<T>(panel + (k + turn) * kStep + v * kLanes<Acc> * kDeep<T>);
+      }
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<Acc> x = splat_operand<T>(a + r * stride + (k + turn) * kDeep<T>);
+#pragma GCC unroll 4
+        for (int v = 0; v < kBlockVectors; ++v) multiply_add<T>(sums[turn][r][v], x, w[v]);
+      }
+    }
+  }
+  for (; k < depth; ++k) {
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<Acc> x = splat_operand<T>(a + r * stride + k * kDeep<T>);
+#pragma GCC unroll 4
+      for (int v = 0; v < kBlockVectors; ++v) {
+        multiply_add<T>(sums[0][r][v], x, load_weights<T>(panel + k * kStep + v * kLanes<Acc> * kDeep<T>));
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) {
+    Vec<Acc> total[kBlockVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kBlockVectors; ++v) {
+      total[v] = sums[0][r][v];
+#pragma GCC unroll 4
+      for (int turn = 1; turn < kTurns; ++turn) total[v] += sums[turn][r][v];
+    }
+    f(row + r, total);
+  }
+}
+
+// Calls f(row, sums) for the products of rows [0, rows) with a panel, in tiles as equal as can be. `next` is the panel
+// of the product that follows: the weights of all panels are more than the nearer caches hold.
+template <class T, class F>
+inline void multiply_rows(const Operand<T>* a, int64_t stride, int64_t rows, const Operand<T>* panel,
+                          const Operand<T>* next, int64_t depth, F&& f) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t begin = rows * tile / tiles, count = rows * (tile + 1) / tiles - begin;
+    const Operand<T>* from = a + begin * stride;
+    const char* ahead = reinterpret_cast<const char*>(next) + tile * depth * 64;
+    if (count == 1) multiply_tile<T, 1>(from, stride, panel, depth, begin, ahead, f);
+    if (count == 2) multiply_tile<T, 2>(from, stride, panel, depth, begin, ahead, f);
+    if constexpr (kTileRows > 2) {
+      if (count == 3) multiply_tile<T, 3>(from, stride, panel, depth, begin, ahead, f);
+      if (count == 4) multiply_tile<T, 4>(from, stride, panel, depth, begin, ahead, f);
+      if (count == 5) multiply_tile<T, 5>(from, stride, panel, depth, begin, ahead, f);
+      if (count == 6) multiply_tile<T, 6>(from, stride, panel, depth, begin, ahead, f);
+    }
+  }
+}
+
+// --- panels ---
+
+// The first `count` <= kLanes<AccOf<T>> operands of `kDeep` elements each at `from`, of which `left` elements exist.
+template <class T>
+inline Vec<AccOf<T>> load_operands(const T* from, int64_t left) {
+  constexpr int kWhole = kLanes<AccOf<T>>;
+  if constexpr (kPairs<T>) {
+    FloatVector bits{};
+    const int64_t bytes = left * 2 < kVectorBytes ? left * 2 : kVectorBytes;
+    if (bytes == kVectorBytes) {
+      __builtin_memcpy(&bits, from, kVectorBytes);
+    } else if (bytes > 0) {
+      __builtin_memcpy(&bits, from, bytes);
+    }
+    return bits;
+  } else {
+    return left >= kWhole ? load(from) : left > 0 ? load_tail(from, static_cast<int>(left)) : Vec<AccOf<T>>{};
+  }
+}
+
+// out[j][i] = in[i][j]: log2 rounds that put the elements of the two halves beside each other.
+template <class Acc>
+inline void transpose(Vec<Acc> (&rows)[kLanes<Acc>]) {
+  constexpr int kWidth = kLanes<Acc>;
+  using Index = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>;
+  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
+  Indices low, high;
+  for (int i = 0; i < kWidth; ++i) {
+    low[i] = i / 2 + i % 2 * kWidth;
+    high[i] = kWidth / 2 + i / 2 + i % 2 * kWidth;
+  }
+  for (int round = 1; round < kWidth; round *= 2) {
+    Vec<Acc> next[kWidth];
+    for (int i = 0; i < kWidth / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kWidth / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kWidth / 2], high);
+    }
+    for (int i = 0; i < kWidth; ++i) rows[i] = next[i];
+  }
+}
+
+// A panel of rows of weights [.., common]: row_of(v, lane) is the one for a lane of vector v, null for none.
+template <class T, class F>
+inline void pack_rows(Operand<T>* panel, int64_t common, F&& row_of) {
+  using Acc = AccOf<T>;
+  const int64_t depth = depth_of<T>(common);
+  for (int v = 0; v < kBlockVectors; ++v) {
+    for (int64_t k = 0; k < depth; k += kLanes<Acc>) {
+      Vec<Acc> tile[kLanes<Acc>];
+      for (int lane = 0; lane < kLanes<Acc>; ++lane) {
+        const T* row = row_of(v, lane);
+        tile[lane] = row != nullptr ? load_operands<T>(row + k * kDeep<T>, common - k * kDeep<T>) : Vec<Acc>{};
+      }
+      transpose<Acc>(tile);
+      for (int i = 0; i < kLanes<Acc> && k + i < depth; ++i) {
+        __builtin_memcpy(panel + ((k + i) * kBlockVectors + v) * kLanes<Acc> * kDeep<T>, &tile[i], kVectorBytes);
+      }
+    }
+  }
+}
+
+// kLanes columns of `weights` [common, cols] from `column` on, those beyond the last one zero.
+template <class T>
+inline Vec<AccOf<T>> load_columns(const T* row, int64_t cols, int64_t column) {
+  using Acc = AccOf<T>;
+  const int64_t left = cols - column;
+  if (left >= kLanes<Acc>) return load(row + column);
+  return left > 0 ? load_tail(row + column, static_cast<int>(left)) : Vec<Acc>{};
+}
+
+// A panel of the columns of weights [common, cols] from `first` on.
+template <class T>
+inline void pack_columns(Operand<T>* panel, const T* weights, int64_t common, int64_t cols, int64_t first) {
+  using Acc = AccOf<T>;
+  for (int64_t k = 0; k < depth_of<T>(common); ++k) {
+    for (int v = 0; v < kBlockVectors; ++v) {
+      const int64_t column = first + v * kLanes<Acc>;
+      const T* row = weights + k * kDeep<T> * cols;
+      Vec<Acc> w = load_columns<T>(row, cols, column);
+      if constexpr (kPairs<T>) {
+        // Widened bf16 has its bits in the upper half.
+        const Vec<Acc> upper = 2 * k + 1 < common ? load_columns<T>(row + cols, cols, column) : Vec<Acc>{};
+        w = bit_cast<FloatVector>(bit_cast<UInt32Vector>(w) >> 16 | bit_cast<UInt32Vector>(upper));
+      }
+      __builtin_memcpy(panel + (k * kBlockVectors + v) * kLanes<Acc> * kDeep<T>, &w, kVectorBytes);
+    }
+  }
+}
+
+// --- the same products with weights where they are, for a row at a time ---
+
+// Sums within vectors: lane i of the result is that of in[i].
+template <class Acc>
+inline Vec<Acc> sum_each(Vec<Acc> (&in)[kLanes<Acc>]) {
+  constexpr int kWidth = kLanes<Acc>;
+  using Index = std::conditional_t<sizeof(Acc) == 8, int64_t, int32_t>;
+  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
+  Indices even, odd;
+  for (int i = 0; i < kWidth; ++i) {
+    even[i] = 2 * i;
+    odd[i] = 2 * i + 1;
+  }
+#pragma GCC unroll 4
+  for (int left = kWidth; left > 1; left /= 2) {
+    for (int i = 0; i < left / 2; ++i) {
+      in[i] = __builtin_shuffle(in[2 * i], in[2 * i + 1], even) + __builtin_shuffle(in[2 * i], in[2 * i + 1], odd);
+    }
+  }
+  return in[0];
+}
+
+// Products of one operand row with rows of weights [.., common], four at a time; row_of as in pack_rows.
+template <class T, class F>
+inline Vec<AccOf<T>> dot_rows(const Operand<T>* a, int64_t common, F&& row_of) {
+  using Acc = AccOf<T>;
+  constexpr int kRows = kLanes<Acc> < 4 ? kLanes<Acc> : 4;
+  constexpr int64_t kStep = kLanes<Acc> * kDeep<T>;
+  Vec<Acc> sums[kLanes<Acc>];
+  for (int lane = 0; lane < kLanes<Acc>; lane += kRows) {
+    const T* rows[kRows];
+    Vec<Acc> part[2][kRows] = {};
+    for (int r = 0; r < kRows; ++r) rows[r] = row_of(lane + r);
+    int64_t k = 0;
+    for (; k + 2 * kStep <= common; k += 2 * kStep) {
+#pragma GCC unroll 2
+      for (int turn = 0; turn < 2; ++turn) {
+        const Vec<Acc> x = load_weights<T>(a + k + turn * kStep);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          multiply_add<T>(part[turn][r], x, load_operands<T>(rows[r] + k + turn * kStep, kStep));
+        }
+      }
+    }
+    for (; k < common; k += kStep) {
+      const Vec<Acc> x = load_weights<T>(a + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) multiply_add<T>(part[0][r], x, load_operands<T>(rows[r] + k, common - k));
+    }
+    for (int r = 0; r < kRows; ++r) sums[lane + r] = part[0][r] + part[1][r];
+  }
+  return sum_each<Acc>(sums);
+}
+
+// One element of an operand row.
+template <class T>
+inline AccOf<T> operand_at(const Operand<T>* a, int64_t k) {
+  if constexpr (kPairs<T>) {
+    const uint32_t bits = static_cast<uint32_t>(a[k].bits) << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof(value));
+    return value;
+  } else {
+    return a[k];
+  }
+}
+
+// sums[v] += products of kRows elements of an operand row with as many rows of weights, `vectors` whole vectors of
+// columns from `column` on and, if `tail`, what is left of a row behind them.
+template <class T, int kRows>
+inline void add_rows(const Operand<T>* a, const T* weights, int64_t cols, int64_t k, int64_t column, int64_t vectors,
+                     bool tail, Vec<AccOf<T>>* sums) {
+  using Acc = AccOf<T>;
+  Vec<Acc> x[kRows];
+  const T* row[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = splat(operand_at<T>(a, k + r));
+    row[r] = weights + (k + r) * cols;
+  }
+  for (int64_t v = 0; v < vectors; ++v) {
+    Vec<Acc> sum = sums[v];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum += x[r] * load(row[r] + column + v * kLanes<Acc>);
+    sums[v] = sum;
+  }
+  if (!tail) return;
+  for (int r = 0; r < kRows; ++r) sums[vectors] += x[r] * load_columns<T>(row[r], cols, column + vectors * kLanes<Acc>);
+}
+
+// Products of one operand row with the columns [first, first + kLanes * count) of weights [common, cols], read in long
+// runs of eight rows side by side.
+template <class T>
+inline void dot_columns(const Operand<T>* a, const T* weights, int64_t common, int64_t cols, int64_t first,
+                        int64_t count, Vec<AccOf<T>>* sums) {
+  using Acc = AccOf<T>;
+  for (int64_t v = 0; v < count; ++v) sums[v] = Vec<Acc>{};
+  const int64_t whole = (cols - first) / kLanes<Acc>;
+  const int64_t vectors = whole < count ? whole : count;
+  const bool tail = vectors < count && first + vectors * kLanes<Acc> < cols;
+  int64_t k = 0;
+  for (; k + 8 <= common; k += 8) add_rows<T, 8>(a, weights, cols, k, first, vectors, tail, sums);
+  for (; k < common; ++k) add_rows<T, 1>(a, weights, cols, k, first, vectors, tail, sums);
+}
+
+// --- operands ---
+
+// `value` of kLanes units, rounded to T: to `to`, and to the operand row `row`. Returns what an operand holds.
+template <class T, class Part>
+inline void store_both(T* to, Operand<T>* row, Vec<AccOf<T>> value, Part part) {
+  if (to != nullptr) part.store(to, value);
+  if constexpr (std::is_same_v<Operand<T>, T>) {
+    part.store(row, value);
+  } else {
+    T rounded[kLanes<AccOf<T>>];
+    store(rounded, value);
+    part.store(row, load(rounded));
+  }
+}
+
+// Calls f(part) for the units of a vector that begins at `unit`: Whole, Tail, or not at all.
+template <class Acc, class F>
+inline void with_units(int64_t unit, int64_t units, F&& f) {
+  if (unit + kLanes<Acc> <= units) {
+    f(Whole{});
+  } else if (unit < units) {
+    f(Tail{static_cast<int>(units - unit)});
+  }
+}
+
+template <class T>
+inline void operands_from(Operand<T>* to, int64_t stride, const T* from, int64_t rows, int64_t cols) {
+  using Acc = AccOf<T>;
+  for (int64_t r = 0; r < rows; ++r) {
+    Operand<T>* row = to + r * stride;
+    for (int64_t j = 0; j < stride; ++j) row[j] = Operand<T>{};
+    for_each_vector<Acc>(0, cols, [&](int64_t j, auto part) {
+      store_both<T>(static_cast<T*>(nullptr), row + j, from != nullptr ? part.load(from + r * cols + j) : Vec<Acc>{}, part);
+    });
+  }
+}
+
+template <class T, class Acc = AccOf<T>>
+inline void sums_from(Acc* to, const T* from, int64_t count) {
+  for_each_vector<Acc>(0, count, [&](int64_t j, auto part) {
+    part.store(to + j, from != nullptr ? part.load(from + j) : Vec<Acc>{});
+  });
+}
+
+template <class T, class Acc = AccOf<T>>
+inline void sums_to(T* to, const Acc* from, int64_t count) {
+  for_each_vector<Acc>(0, count, [&](int64_t j, auto part) { part.store(to + j, part.load(from + j)); });
+}
+
+}  // namespace
+}  // namespace llmkernels::cpu::CPU_CAPABILITY

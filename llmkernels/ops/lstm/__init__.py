@@ -1,0 +1,1 @@
+"""lstm and lstm_cell: functional ops and modules."""

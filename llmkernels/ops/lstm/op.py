@@ -1,0 +1,186 @@
+"""The kernels of lstm and lstm_cell: schemas, fakes, autograd, backend order. sequence.py and cell.py are what users
+call; reference.py has the maths and the shapes.
+"""
+
+import torch
+from torch import Tensor
+
+from llmkernels import _op, registry
+from llmkernels._autograd import differentiable_backward, is_differentiated, needs_grad, transform_active
+from llmkernels._dtypes import accumulate_dtype
+from llmkernels.ops.lstm import reference
+from llmkernels.ops.lstm.reference import Extras
+
+# --- raw ops --------------------------------------------------------------------------------------------------------
+
+
+def _cell_fwd_fake(gates_x, gates_h, c, save):
+    return torch.empty_like(c), torch.empty_like(c), c.new_empty(gates_x.shape if save else 0)
+
+
+def _cell_bwd_fake(dh, dc, gates, c, next_c):
+    return torch.empty_like(gates), torch.empty_like(c)
+
+
+def _fwd_fake(gates_x, h0, c0, w_hh, w_hr, batch_sizes, reverse, save):
+    rows, acc = gates_x.shape[0], accumulate_dtype(gates_x.dtype)
+    gates = gates_x.new_empty(gates_x.shape if save else 0)
+    cells = c0.new_empty((rows, c0.shape[1]) if save else 0, dtype=acc)
+    return h0.new_empty(rows, h0.shape[1]), h0.new_empty(h0.shape), c0.new_empty(c0.shape), gates, cells
+
+
+def _bwd_fake(dy, dh_n, dc_n, dcells, h0, c0, w_hh, w_hr, batch_sizes, reverse, y, gates, cells, wanted):
+    likes = (gates, h0, c0, w_hh, w_hr)
+    return tuple(gates.new_empty(like.shape if want else 0) for like, want in zip(likes, wanted, strict=True))
+
+
+def _portable_cell_fwd(gates_x, gates_h, c, save):
+    return registry.pick("lstm_cell", (gates_x, gates_h, c)).fwd(gates_x, gates_h, c, save)
+
+
+def _portable_cell_bwd(dh, dc, gates, c, next_c):
+    return registry.pick("lstm_cell", (gates, gates, c)).bwd(dh, dc, gates, c, next_c)
+
+
+def _portable_fwd(gates_x, h0, c0, w_hh, w_hr, *rest):
+    return registry.pick("lstm", (gates_x, h0, c0, w_hh, w_hr)).fwd(gates_x, h0, c0, w_hh, w_hr, *rest)
+
+
+def _portable_bwd(dy, dh_n, dc_n, dcells, h0, c0, w_hh, w_hr, *rest):
+    chosen = registry.pick("lstm", (rest[3], h0, c0, w_hh, w_hr))
+    return chosen.bwd(dy, dh_n, dc_n, dcells, h0, c0, w_hh, w_hr, *rest)
+
+
+_op.define_kernel(
+    "lstm_cell_fwd",
+    "(Tensor gates_x, Tensor gates_h, Tensor c, bool save) -> (Tensor next_h, Tensor next_c, Tensor gates)",
+    _cell_fwd_fake,
+    _portable_cell_fwd,
+)
+_op.define_kernel(
+    "lstm_cell_bwd",
+    "(Tensor? dh, Tensor? dc, Tensor gates, Tensor c, Tensor next_c) -> (Tensor dgates, Tensor dlast_c)",
+    _cell_bwd_fake,
+    _portable_cell_bwd,
+)
+_op.define_kernel(
+    "lstm_recurrence_fwd",
+    "(Tensor gates_x, Tensor h0, Tensor c0, Tensor w_hh, Tensor? w_hr, Tensor? batch_sizes, bool reverse, bool save)"
+    " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)",
+    _fwd_fake,
+    _portable_fwd,
+)
+_op.define_kernel(
+    "lstm_recurrence_bwd",
+    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor h0, Tensor c0, Tensor w_hh, Tensor? w_hr,"
+    " Tensor? batch_sizes, bool reverse, Tensor y, Tensor gates, Tensor cells, bool[5] wanted)"
+    " -> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dw_hh, Tensor dw_hr)",
+    _bwd_fake,
+    _portable_bwd,
+)
+
+# --- autograd -------------------------------------------------------------------------------------------------------
+
+
+class LSTMCellFunction(torch.autograd.Function):
+    """apply(gates_x, gates_h, c, chosen) -> (h', c'): all of a step but its two products, which are their sum's.
+
+    Saves the activated gates and both c.
+    """
+
+    @staticmethod
+    def forward(ctx, gates_x, gates_h, c, chosen):
+        h, next_c, gates = registry.entry("lstm_cell", chosen).fwd(gates_x, gates_h, c, True)
+        ctx.save_for_backward(gates_x, gates_h, c, next_c, gates)
+        ctx.chosen = chosen
+        ctx.set_materialize_grads(False)
+        return h, next_c
+
+    @staticmethod
+    def backward(ctx, dh, dc):
+        gates_x, gates_h, c, next_c, gates = ctx.saved_tensors
+        if is_differentiated():
+            return (*differentiable_backward(reference.lstm_cell, (gates_x, gates_h, c), (dh, dc)), None)
+        dgates, dlast_c = registry.entry("lstm_cell", ctx.chosen).bwd(dh, dc, gates, c, next_c)
+        grads = (dgates, dgates, dlast_c)
+        return (*(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)), None)
+
+
+class LSTMFunction(torch.autograd.Function):
+    """apply(gates_x, h0, c0, w_hh, w_hr, batch_sizes, reverse, chosen) -> (y, h_n, c_n, cells).
+
+    One layer and direction behind its input's product. Saves y, the activated gates and every c.
+    """
+
+    @staticmethod
+    def forward(ctx, gates_x, h0, c0, w_hh, w_hr, batch_sizes, reverse, chosen):
+        inputs = (gates_x, h0, c0, w_hh, w_hr, batch_sizes)
+        y, h_n, c_n, gates, cells = registry.entry("lstm", chosen).fwd(*inputs, reverse, True)
+        ctx.save_for_backward(*inputs, y, gates, cells)
+        ctx.settings = (reverse, chosen)
+        ctx.set_materialize_grads(False)
+        return y, h_n, c_n, cells
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n, dcells):
+        *inputs, batch_sizes, y, gates, cells = ctx.saved_tensors
+        reverse, chosen = ctx.settings
+        wanted = ctx.needs_input_grad[:5]
+        if is_differentiated():
+            formula = lambda *tensors: reference.recurrence(*tensors, batch_sizes, reverse)
+            grads = differentiable_backward(formula, inputs, (dy, dh_n, dc_n, dcells))
+        else:
+            bwd = registry.entry("lstm", chosen).bwd
+            grads = bwd(dy, dh_n, dc_n, dcells, *inputs[1:], batch_sizes, reverse, y, gates, cells, wanted)
+        return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None)
+
+
+# --- the choice of the backend, and of autograd's way -----------------------------------------------------------------
+
+
+def cell(gates_x: Tensor, gates_h: Tensor, c: Tensor, chosen: registry.Backend) -> tuple[Tensor, Tensor]:
+    """One step behind its products, on the backend that was picked for it."""
+    if chosen.name == "torch" and transform_active():
+        return reference.lstm_cell(gates_x, gates_h, c)
+    if needs_grad(gates_x, gates_h, c):
+        return LSTMCellFunction.apply(gates_x, gates_h, c, chosen.name)
+    return chosen.fwd(gates_x, gates_h, c, False)[:2]
+
+
+def recurrence(gates_x, h0, c0, w_hh, w_hr, batch_sizes, reverse: bool, extras: Extras, cells: bool,
+               backend: str | None) -> tuple[Tensor, ...]:  # fmt: skip
+    """One layer and direction behind its input's product: (y, h_n, c_n, every c), the last one empty unless `cells`."""
+    tensors = (gates_x, h0, c0, w_hh, w_hr)
+    chosen = registry.pick("lstm", (*tensors, *extras), backend)
+    if chosen.name == "torch" and (transform_active() or any(extra is not None for extra in extras)):
+        return reference.recurrence(*tensors, batch_sizes, reverse, extras)
+    if torch.compiler.is_exporting():
+        chosen = registry.entry("lstm", registry.PORTABLE)
+    if needs_grad(*tensors):
+        return LSTMFunction.apply(*tensors, batch_sizes, reverse, chosen.name)
+    y, h_n, c_n, _, every_c = chosen.fwd(*tensors, batch_sizes, reverse, cells)
+    return y, h_n, c_n, every_c
+
+
+# --- backends, best first -------------------------------------------------------------------------------------------
+
+
+def _kernels_refuse(gates_x, h0, c0, w_hh, w_hr, *extras) -> str | None:
+    if any(extra is not None for extra in extras):
+        return "zoneout and layer norm are computed on torch alone"
+    return None
+
+
+def _no_kernel(*_) -> str:
+    return "it has no kernel of whole sequences"
+
+
+_CELL_KERNELS = ("lstm_cell_fwd", "lstm_cell_bwd")
+_CELL_REFERENCES = (reference.lstm_cell_fwd, reference.lstm_cell_bwd)
+_op.lazy_triton("llmkernels.ops.lstm.triton_kernels", _CELL_KERNELS)
+registry.register("lstm_cell", *_op.backends("lstm_cell", *_CELL_KERNELS, *_CELL_REFERENCES))
+# The numbers of sequences of the steps are values, and a loop over all steps would be traced step by step.
+_KERNELS = ("lstm_recurrence_fwd", "lstm_recurrence_bwd")
+_OPAQUE = map(_op.opaque_reference, _KERNELS, (reference.lstm_recurrence_fwd, reference.lstm_recurrence_bwd))
+_REFUSE = {"cuda": _no_kernel, "triton": _no_kernel, "cpu": _kernels_refuse}
+registry.register("lstm", *_op.backends("lstm", *_KERNELS, *_OPAQUE, refuse=_REFUSE))
