@@ -10,7 +10,6 @@ import llmkernels
 from llmkernels import functional
 from llmkernels.compat import flash_attn
 from llmkernels.testing.inputs import short_name
-from tests.kernels import missing
 
 COMMON = (
     "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,"
@@ -43,15 +42,10 @@ def test_signatures_are_flash_attns():
 
 
 @pytest.fixture
-def forced(backend, request):
-    """The backend, forced on every call; skipped where it has not the kernel of the test's op."""
-    names = {"varlen": "attention_varlen", "kvcache": "attention_kvcache"}
-    op = next((op for word, op in names.items() if word in request.node.name), "scaled_dot_product_attention")
-    reason = missing(backend, op, "attention")
+def forced(backend):
+    """The backend, forced on every call."""
     if backend not in llmkernels.registry.BACKENDS:
-        reason = "these functions only call those that tests/ops runs there"
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
+        pytest.skip(f"{backend}: these functions only call those that tests/ops runs there")
     with llmkernels.use_backend(backend):
         yield backend
 
@@ -307,9 +301,6 @@ def test_kvcache_without_an_append(forced, device):
 def test_calls_are_one_graph_of_a_compiler(forced, device):
     if forced == "triton" and device == "cpu":
         pytest.skip("triton: an interpreted kernel cannot be traced into a compiled graph's runtime checks")
-    reason = missing(forced, "attention_varlen", "attention") or missing(forced, "attention_kvcache", "attention")
-    if reason is not None:
-        pytest.skip(f"{forced}: {reason}")
     torch._dynamo.reset()
     q, k, v = (made(2, n, 4, 16, seed=n).to(device) for n in (3, 8, 9))
     v = v[:, :8].clone()

@@ -1,6 +1,5 @@
 """What the tests of attention on every backend share: calls that may be refused, and arriving gradients."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,34 +9,12 @@ import pytest
 import torch
 
 import llmkernels
-from llmkernels import _native, functional, registry
+from llmkernels import functional
 from llmkernels.ops.attention import cases
 from llmkernels.testing.inputs import short_name
 
 SDPA, VARLEN = cases.OPS
 every_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=short_name)
-
-
-def kernel_absent(backend: str) -> str | None:
-    """Why what was built here has no attention on a backend, or None."""
-    if not registry.has(SDPA, backend):
-        return f"{SDPA} has no such kernel"
-    if backend == "triton":
-        found = importlib.util.find_spec("llmkernels.ops.attention.triton_kernels")
-        return None if found else "there are no Triton kernels of attention"
-    if backend == "torch":
-        return None
-    name = "cpu" if backend == "cpu" else "cuda"
-    _native.why_absent(name)  # loads the module, which registers its kernels
-    has = torch._C._dispatch_has_kernel_for_dispatch_key(f"llmkernels_{name}::attention_fwd", name.upper())
-    return None if has else f"the {name} module that was built here has no attention"
-
-
-def with_kernel(backend: str) -> str:
-    """`backend`, or a skip of the test."""
-    if reason := kernel_absent(backend):
-        pytest.skip(f"{backend}: {reason}")
-    return backend
 
 
 def normal_on(device: str):

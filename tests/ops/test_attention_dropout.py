@@ -7,13 +7,8 @@ import pytest
 import torch
 
 from llmkernels import _random
-from tests.ops.attention_support import close, every_dtype, normal_on, sdpa, varlen, with_kernel
+from tests.ops.attention_support import close, every_dtype, normal_on, sdpa, varlen
 from tests.tree import ROOT
-
-
-@pytest.fixture
-def backend(backend):
-    return with_kernel(backend)
 
 
 @pytest.fixture

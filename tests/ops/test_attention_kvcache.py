@@ -12,27 +12,17 @@ from llmkernels.ops.attention import forward_cases
 from llmkernels.ops.attention.forward_cases import GARBAGE
 from llmkernels.testing.battery import baseline, evaluate, failures, judge_results
 from llmkernels.testing.inputs import short_name
-from tests.kernels import missing
 
 OP = "attention_kvcache"
 DTYPES = forward_cases.DTYPES
 
 
-@pytest.fixture
-def kernel(backend) -> str:
-    """A backend that has the kernel; skipped where it has none."""
-    reason = missing(backend, OP, "attention")
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
-    return backend
-
-
 @pytest.mark.parametrize("case", forward_cases.test_cases(), ids=str)
-def test_matches_fp64_truth(case, kernel, device, poison, covers):
+def test_matches_fp64_truth(case, backend, device, poison, covers):
     inputs = forward_cases.make_inputs(case, device)
     before = inputs.k_cache.clone(), inputs.v_cache.clone()
     try:
-        results = evaluate(forward_cases, case, inputs, kernel)
+        results = evaluate(forward_cases, case, inputs, backend)
     except llmkernels.NoBackendError as error:  # of a case that tests/coverage.toml does not list
         pytest.skip(str(error).split("cannot run this call: ")[-1])
     assert failures(judge_results(forward_cases, case, inputs, results)) == []
@@ -44,7 +34,7 @@ def test_matches_fp64_truth(case, kernel, device, poison, covers):
         if case.appended and not (case.rotary and new is inputs.k):
             rows = lambda x: {tuple(row.flatten().tolist()) for row in x}
             assert rows(cache[written]) == rows(new.flatten(0, 1))
-    covers(OP, kernel, short_name(case.dtype), case.name, "fwd")
+    covers(OP, backend, short_name(case.dtype), case.name, "fwd")
 
 
 WRONG = {
@@ -87,13 +77,13 @@ def tensors(device: str, batch=2, rows=12, heads=4, key_heads=2, dim=16, dtype=t
 
 @pytest.mark.parametrize("paged", (False, True))
 @pytest.mark.parametrize("interleaved", (False, True))
-def test_decoding_step_by_step_equals_one_prefill(paged, interleaved, kernel, device):
+def test_decoding_step_by_step_equals_one_prefill(paged, interleaved, backend, device):
     q, k, v = tensors(device)
     batch, rows = q.shape[:2]
     angles = torch.arange(rows, device=device)[:, None] / 20.0 ** torch.linspace(0, 1, 8, device=device)
     options = {
         "rotary": (angles.cos(), angles.sin(), interleaved), "causal": "bottom_right", "window": (6, 0),
-        "backend": kernel,
+        "backend": backend,
         "block_table": torch.tensor([[4, 0, 2], [1, 5, 3]], dtype=torch.int32, device=device) if paged else None,
     }  # fmt: skip
     shape = (6, 4, *k.shape[2:]) if paged else k.shape
@@ -115,11 +105,11 @@ def test_decoding_step_by_step_equals_one_prefill(paged, interleaved, kernel, de
         assert all(torch.equal(a, b) for a, b in zip(grown, prefilled, strict=True))
 
 
-def test_a_cache_in_two_pieces_merges_to_the_whole(kernel, device):
+def test_a_cache_in_two_pieces_merges_to_the_whole(backend, device):
     q, k, v = tensors(device, rows=40)
     q = q[:, :3]
     lengths = torch.tensor([40, 26], dtype=torch.int32, device=device)
-    options = {"return_lse": True, "backend": kernel}
+    options = {"return_lse": True, "backend": backend}
     whole = functional.attention_kvcache(q, k, v, cache_seqlens=lengths, **options)
     for cut in (0, 13, 26, 30):
         first = functional.attention_kvcache(q, k[:, :cut], v[:, :cut], cache_seqlens=lengths.clamp(max=cut), **options)
@@ -128,39 +118,39 @@ def test_a_cache_in_two_pieces_merges_to_the_whole(kernel, device):
         torch.testing.assert_close(functional.merge_attention(*first, *second, seq_dim=-3), whole)
 
 
-def test_a_page_is_shared_and_a_batch_is_indexed(kernel, device):
+def test_a_page_is_shared_and_a_batch_is_indexed(backend, device):
     q, k, v = tensors(device, batch=3)
     chosen = torch.tensor([2, 0, 2], device=device)
     lengths = torch.tensor([12, 4, 7], dtype=torch.int32, device=device)
-    options = {"cache_seqlens": lengths, "causal": "bottom_right", "backend": kernel}
+    options = {"cache_seqlens": lengths, "causal": "bottom_right", "backend": backend}
     torch.testing.assert_close(
         functional.attention_kvcache(q, k, v, block_table=chosen.int()[:, None], **options),
         functional.attention_kvcache(q, k[chosen], v[chosen], **options),
     )
 
 
-def test_sequences_without_keys_and_empty_tensors(kernel, device):
+def test_sequences_without_keys_and_empty_tensors(backend, device):
     q, k, v = tensors(device)
     lengths = torch.tensor([0, 5], dtype=torch.int32, device=device)
-    out, lse = functional.attention_kvcache(q, k, v, cache_seqlens=lengths, return_lse=True, backend=kernel)
+    out, lse = functional.attention_kvcache(q, k, v, cache_seqlens=lengths, return_lse=True, backend=backend)
     assert bool((out[0] == 0.0).all()) and bool((lse[0] == -torch.inf).all()) and bool(lse[1].isfinite().all())
     sinks = torch.arange(4.0, device=device)
-    out, lse = functional.attention_kvcache(q, k, v, cache_seqlens=0, sinks=sinks, return_lse=True, backend=kernel)
+    out, lse = functional.attention_kvcache(q, k, v, cache_seqlens=0, sinks=sinks, return_lse=True, backend=backend)
     assert bool((out == 0.0).all()) and torch.equal(lse, sinks[None, :, None].expand_as(lse))
     for queries, keys in ((q[:, :0], k), (q, k[:, :0]), (q[:0], k[:0])):
-        out = functional.attention_kvcache(queries, keys, keys, backend=kernel)
+        out = functional.attention_kvcache(queries, keys, keys, backend=backend)
         assert out.shape == queries.shape and not bool(out.any() and keys.shape[1] == 0)
 
 
-def test_nan_within_a_sequence_comes_out(kernel, device):
+def test_nan_within_a_sequence_comes_out(backend, device):
     q, k, v = tensors(device)
     k[0, 3, 1] = GARBAGE
-    out = functional.attention_kvcache(q, k, v, cache_seqlens=8, backend=kernel)
+    out = functional.attention_kvcache(q, k, v, cache_seqlens=8, backend=backend)
     assert bool(out[0, :, 2:].isnan().all()) and not bool(out[0, :, :2].isnan().any() or out[1].isnan().any())
 
 
 @pytest.mark.parametrize("layout", ("heads first", "every second", "offset"))
-def test_strided_caches_are_written_in_place(layout, kernel, device):
+def test_strided_caches_are_written_in_place(layout, backend, device):
     q, k, v = tensors(device)
     lengths = torch.tensor([2, 9], dtype=torch.int32, device=device)
 
@@ -174,7 +164,7 @@ def test_strided_caches_are_written_in_place(layout, kernel, device):
 
     def run(k_cache, v_cache):
         k_cache.copy_(k), v_cache.copy_(v)
-        options = {"k": k[:, :3], "v": v[:, :3], "cache_seqlens": lengths, "causal": "bottom_right", "backend": kernel}
+        options = {"k": k[:, :3], "v": v[:, :3], "cache_seqlens": lengths, "causal": "bottom_right", "backend": backend}
         return functional.attention_kvcache(q[:, :3], k_cache, v_cache, **options), k_cache, v_cache
 
     for strange, plain in zip(run(empty(), empty()), run(k.clone(), k.clone()), strict=True):
@@ -182,8 +172,8 @@ def test_strided_caches_are_written_in_place(layout, kernel, device):
 
 
 @pytest.mark.parametrize("lengths", ("int", "tensor", "paged"))
-def test_compile_fullgraph_equals_eager_append_included(lengths, kernel, device):
-    if kernel == "triton" and device == "cpu":
+def test_compile_fullgraph_equals_eager_append_included(lengths, backend, device):
+    if backend == "triton" and device == "cpu":
         pytest.skip("triton: an interpreted kernel cannot be traced into a compiled graph's runtime checks")
     torch._dynamo.reset()
     q, k, v = tensors(device)
@@ -193,7 +183,7 @@ def test_compile_fullgraph_equals_eager_append_included(lengths, kernel, device)
     def step(q, k_cache, v_cache, k, v, cache_seqlens):
         return functional.attention_kvcache(
             q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens, causal="bottom_right", return_lse=True,
-            block_table=table if lengths == "paged" else None, rotary=(angles.cos(), angles.sin()), backend=kernel,
+            block_table=table if lengths == "paged" else None, rotary=(angles.cos(), angles.sin()), backend=backend,
         )  # fmt: skip
 
     def run(function):
@@ -210,36 +200,36 @@ def test_compile_fullgraph_equals_eager_append_included(lengths, kernel, device)
     torch.testing.assert_close(run(compiled), run(step), equal_nan=True)
 
 
-def test_twice_run_is_bitwise_equal(kernel, device):
+def test_twice_run_is_bitwise_equal(backend, device):
     q, k, v = tensors(device, rows=50)
     lengths = torch.tensor([50, 31], dtype=torch.int32, device=device)
-    first, second = (functional.attention_kvcache(q, k, v, cache_seqlens=lengths, backend=kernel) for _ in range(2))
+    first, second = (functional.attention_kvcache(q, k, v, cache_seqlens=lengths, backend=backend) for _ in range(2))
     assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("name", ("split", "paged", "prefill"))
-def test_bitwise_equal_for_any_thread_count(name, kernel, device):
-    if kernel != "cpu":
-        pytest.skip(f"{kernel}: does not run on this library's threads")
+def test_bitwise_equal_for_any_thread_count(name, backend, device):
+    if backend != "cpu":
+        pytest.skip(f"{backend}: does not run on this library's threads")
     threads, results = torch.get_num_threads(), []
     case = next(case for case in forward_cases.test_cases() if case.name == name and case.dtype == torch.float32)
     inputs = forward_cases.make_inputs(case, device)
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            results.append(forward_cases.call(case, inputs, kernel))
+            results.append(forward_cases.call(case, inputs, backend))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
 
 
-def test_lengths_and_pages_out_of_range_stay_within_the_tensors(kernel, device):
+def test_lengths_and_pages_out_of_range_stay_within_the_tensors(backend, device):
     """Nobody looks at them on a GPU: a wrong sequence must neither read elsewhere nor disturb the others."""
-    if not kernel.startswith("cuda"):
-        pytest.skip(f"{kernel}: such values do not arrive there")
+    if not backend.startswith("cuda"):
+        pytest.skip(f"{backend}: such values do not arrive there")
     q, k, v = (x.transpose(1, 2) for x in tensors(device, batch=3))
     ints = lambda *values: torch.tensor(values, dtype=torch.int32, device=device)
-    raw = getattr(torch.ops, f"llmkernels_{kernel.replace('-', '_')}").attention_kvcache_fwd
+    raw = getattr(torch.ops, f"llmkernels_{backend.replace('-', '_')}").attention_kvcache_fwd
     rest = (0.25, -1, 0, False, 0.0)
     right = raw(q, k, v, None, None, ints(7, 7, 7), None, *rest)[0]
     for lengths in ((7, 100_000, -5), (7, 2**31 - 1, -(2**31))):
@@ -252,12 +242,12 @@ def test_lengths_and_pages_out_of_range_stay_within_the_tensors(kernel, device):
         torch.testing.assert_close(out[0], right[0])
 
 
-def test_raw_op_says_what_is_wrong(kernel, device):
-    if kernel in ("torch", "triton"):
-        pytest.skip(f"{kernel}: only the public function checks, and nothing is read through a pointer of ours")
+def test_raw_op_says_what_is_wrong(backend, device):
+    if backend in ("torch", "triton"):
+        pytest.skip(f"{backend}: only the public function checks, and nothing is read through a pointer of ours")
     q, k, v = (x.transpose(1, 2) for x in tensors(device))
     lengths, table = (torch.ones(shape, dtype=torch.int32, device=device) for shape in ((2,), (2, 1)))
-    raw = getattr(torch.ops, f"llmkernels_{kernel.replace('-', '_')}").attention_kvcache_fwd
+    raw = getattr(torch.ops, f"llmkernels_{backend.replace('-', '_')}").attention_kvcache_fwd
     call = lambda q=q, k=k, v=v, slopes=None, sinks=None, seqlens=lengths, pages=None: raw(
         q, k, v, slopes, sinks, seqlens, pages, 0.25, -1, -1, False, 0.0
     )
@@ -282,11 +272,11 @@ def test_raw_op_says_what_is_wrong(kernel, device):
             wrong_call()
 
 
-def test_raw_op_passes_opcheck(kernel, device):
+def test_raw_op_passes_opcheck(backend, device):
     q, k, v = (x.transpose(1, 2) for x in tensors(device))
     lengths = torch.tensor([5, 12], dtype=torch.int32, device=device)
     table = torch.tensor([[0], [1]], dtype=torch.int32, device=device)
-    namespace = getattr(torch.ops, f"llmkernels_{kernel.replace('-', '_')}")
+    namespace = getattr(torch.ops, f"llmkernels_{backend.replace('-', '_')}")
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for seqlens, pages in ((None, None), (lengths, None), (lengths, table)):
         given = (q, k, v, None, None, seqlens, pages, 0.25, -1, 0, False, 0.0)
