@@ -1,7 +1,7 @@
-"""Write the tables of results in README.md from the committed measurements: `make tables`.
+"""Write the tables of results in README.md and docs/*.md from the committed measurements: `make tables`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is the path of a measurement under
-benchmarks/results/ without .json. tests/test_docs.py checks that README and measurements agree.
+benchmarks/results/ without .json. tests/test_docs.py checks that pages and measurements agree.
 """
 
 import json
@@ -26,20 +26,32 @@ def table(document: dict) -> str:
         facts["gpu"] if facts["device"] == "cuda" else f"{facts['cpu']} ({facts['isa']}), {facts['threads']} thread(s)"
     )
     cache = "cold" if facts["cold"] else "warm"
+    results = document["results"]
+    names = {name for result in results for name in result["candidates"] if name not in result["ratios"]}
+    named = names <= set(PEERS)  # else each case has peers of its own, of which the best is shown
+    peers = PEERS if named else ("best peer",)
+    work = any(result.get("flops") for result in results)
+    last = "GFLOP/s" if work else "of copy speed"
     lines = [
         f"{facts['date']}, {where}, torch {facts['torch']}, {cache} caches; ms unless said, medians.",
         "",
-        f"| case | | backend | ours | {' | '.join(PEERS)} | times the best peer | of copy speed |",
-        "|---" * (6 + len(PEERS)) + "|",
+        f"| case | | backend | ours | {' | '.join(peers)} | times the best peer | {last} |",
+        "|---" * (6 + len(peers)) + "|",
     ]
-    for result in document["results"]:
+    for result in results:
         times = {name: value["median"] for name, value in result["candidates"].items()}
-        ours = min(result["ratios"], key=lambda name: times[name])
-        peers = [_milliseconds(times[name]) if name in times else "-" for name in PEERS]
-        copy = f"{result['copy_ms'] / times[ours]:.0%}" if result["copy_ms"] else "-"
-        row = (result["case"], result["mode"], ours, _milliseconds(times[ours]), *peers)
-        lines.append(f"| {' | '.join(row)} | **{result['ratios'][ours]:.2f}x** | {copy} |")
+        ours, best = min(result["ratios"], key=lambda name: times[name]), result["best_peer"]
+        shown = [_milliseconds(times[name]) if name in times else "-" for name in PEERS]
+        shown = shown if named else [f"{_milliseconds(times[best])} {best}"]
+        row = (result["case"], result["mode"], ours, _milliseconds(times[ours]), *shown)
+        lines.append(f"| {' | '.join(row)} | **{result['ratios'][ours]:.2f}x** | {_rate(result, times[ours], work)} |")
     return "\n".join(lines)
+
+
+def _rate(result: dict, milliseconds: float, work: bool) -> str:
+    if work:
+        return f"{result['flops'] / milliseconds / 1e6:.0f}" if result.get("flops") else "-"
+    return f"{result['copy_ms'] / milliseconds:.0%}" if result["copy_ms"] else "-"
 
 
 def filled(text: str) -> str:
@@ -51,9 +63,14 @@ def filled(text: str) -> str:
     return TABLE.sub(replacement, text)
 
 
+def pages() -> list[Path]:
+    """The pages that may have tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def main() -> int:
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    for page in pages():
+        page.write_text(filled(page.read_text()))
     return 0
 
 
