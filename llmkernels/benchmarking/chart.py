@@ -16,7 +16,9 @@ def draw(results: list, title: str, path: Path) -> None:
         for name, value in result.ratios.items()
         if name != "torch"
     ]
-    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.32 * max(len(bars), 1)), layout="constrained")
+    longest = max((len(f"{label}  {name}") for label, name, _ in bars), default=0)
+    # Inches: six for the bars, and what a label's letters take.
+    figure, axes = plt.subplots(figsize=(6 + 0.08 * longest, 1.2 + 0.32 * max(len(bars), 1)), layout="constrained")
     colors = ["#2ca02c" if value >= 1.0 else "#d62728" for _, _, value in bars]
     drawn = axes.barh([f"{label}  {name}" for label, name, _ in bars], [value for _, _, value in bars], color=colors)
     axes.bar_label(drawn, fmt="%.2fx", padding=3)

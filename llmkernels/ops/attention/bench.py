@@ -43,7 +43,7 @@ def overhead_case(op: str) -> AttentionCase | CacheCase:
     """One query: the time is that of the call, not of the kernel."""
     if op == "attention_kvcache":
         return CacheCase("call", (8,), H=1, Hk=1, D=64, Dv=64, T=8, lse=False)
-    lengths = ((1,), (8,)) if op == "attention_varlen" else None
+    lengths = ((8,), (8,)) if op == "attention_varlen" else None
     return AttentionCase(op, B=1, H=1, S=1, T=8, D=64, lengths=lengths, lse=False)
 
 
