@@ -123,5 +123,5 @@ def test_kvcache_without_rows():
 
 def test_head_dims_that_no_tile_holds_are_refused():
     x = torch.ones(1, 1, 2, 513, device=device_of("triton"))
-    with pytest.raises(llmkernels.NoBackendError, match="head_dim is 513, above 512"):
+    with pytest.raises(llmkernels.NoBackendError, match="head_dim is 513, more than 512"):
         functional.scaled_dot_product_attention(x, x, x, backend="triton")
