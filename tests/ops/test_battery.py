@@ -27,7 +27,17 @@ def skip_if_refused(cases, case, backend, device):
     try:
         cases.call(case, cases.make_inputs(case, device), backend)
     except llmkernels.NoBackendError as error:
-        pytest.skip(f"{backend}: {str(error).split(': ', 2)[-1]}")
+        pytest.skip(str(error).split(": ", 2)[-1])
+
+
+@pytest.fixture(autouse=True)
+def willing(request):
+    """Skips a test of an op on a backend that refuses an ordinary call of it."""
+    parameters = getattr(request.node, "callspec", None)
+    if parameters is not None and {"op", "backend"} <= parameters.params.keys():
+        cases, op = parameters.params["cases"], parameters.params["op"]
+        backend, device = (request.getfixturevalue(name) for name in ("backend", "device"))
+        skip_if_refused(cases, cases.plain_case(op), backend, device)
 
 
 def check(cases, case, backend, device, covers):
