@@ -41,11 +41,15 @@ def test_every_instruction_set(isa):
     out = script(
         """
         import warnings; warnings.simplefilter("ignore")
-        from llmkernels import _native
-        from llmkernels import ops
+        from llmkernels import NoBackendError, _native, ops
         from llmkernels.testing.battery import failures, judge
-        work = [(cases, case) for cases in map(ops.cases_of, ops.FAMILIES) for case in cases.test_cases()]
-        wrong = [(str(case), found) for cases, case in work if (found := failures(judge(cases, case, "cpu")))]
+        wrong = []
+        for cases, case in ((cases, case) for cases in map(ops.cases_of, ops.FAMILIES) for case in cases.test_cases()):
+            try:
+                found = failures(judge(cases, case, "cpu"))
+            except NoBackendError:  # what must not be refused is written in coverage.toml
+                continue
+            wrong += [(str(case), found)] if found else []
         print(_native.module("cpu").isa(), len(wrong), wrong[:3])
         """,
         LLMKERNELS_ISA=isa,

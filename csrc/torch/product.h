@@ -1,9 +1,11 @@
 // Matrix products of fp32 CPU tensors by the faster of torch's two libraries; llmkernels/ops/lstm/products.py says why.
 #pragma once
 
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/List.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/mm.h>
+#include <omp.h>
 
 #include <optional>
 #include <string_view>
@@ -22,7 +24,8 @@ inline at::Tensor transposed_product(const at::Tensor& a, const at::Tensor& b) {
     const auto found = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
     return found ? std::optional(found->typed<Linear>()) : std::nullopt;
   }();
-  if (linear && a.scalar_type() == at::kFloat && a.size(0) >= 16 && a.numel() > 0 && b.numel() > 0) {
+  const bool all_threads = at::get_num_threads() <= omp_get_thread_limit();
+  if (linear && all_threads && a.scalar_type() == at::kFloat && a.size(0) >= 16 && a.numel() > 0 && b.numel() > 0) {
     const auto product = [](const at::Tensor& left, const at::Tensor& right) {
       return linear->call(left.t(), right.t(), std::nullopt, "none", Scalars(), "");
     };

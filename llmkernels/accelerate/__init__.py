@@ -90,7 +90,7 @@ def _swap(path: str, module: nn.Module, found: list[Candidate], why: str, backen
 def _runs_on(module: nn.Module, candidate: Candidate, backend: str | None) -> tuple[str, str | None]:
     """The backend that would run the module, and None; or why there is nothing to gain."""
     example = torch.empty((1, *candidate.normalized_shape), dtype=parameter_dtype(module), device=device_of(module))
-    explained = registry.explain_call(candidate.op, (example, *[None] * 5), backend)
+    explained = registry.explain_call(candidate.op, (*[example] * 3, None, None, None), backend)
     if explained.chosen is None:
         return "", f"backend {backend!r} cannot run it: {explained.reasons[backend]}"
     if explained.chosen == "torch" and registry.forced_backend(backend) is None:
