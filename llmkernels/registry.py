@@ -12,6 +12,10 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
+from llmkernels._autograd import transform_active
+
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 PORTABLE = "portable"  # not a choice of the user's: ops that pick a backend when they run, for exported graphs
 
@@ -139,7 +143,10 @@ def _environment(name: str) -> str | None:
 
 
 def pick(op: str, tensors: tuple, backend: str | None = None) -> Backend:
-    """The backend that runs `op` on `tensors` (the tensor arguments in order, None where absent)."""
+    """The backend that runs `op` on `tensors` (the tensor arguments in order, None where absent).
+
+    While a graph is exported it is the portable one, for graphs that run where other backends are.
+    """
     if _observer is not None:
         _observer(op, tensors, backend)
     forced = forced_backend(backend)
@@ -149,9 +156,15 @@ def pick(op: str, tensors: tuple, backend: str | None = None) -> Backend:
         if reason is None:
             if refusals and entry.name == "torch":
                 _report_fallback(op, tensors, refusals)
-            return entry
+            return _portable(entry) if torch.compiler.is_exporting() else entry
         refusals.append((entry.name, reason))
     raise NoBackendError(f"{op}: backend {forced!r} cannot run this call: {_sentence(refusals) or 'not registered'}")
+
+
+def _portable(entry: Backend) -> Backend:
+    """What stands in an exported graph for `entry`: ops that pick when they run, but for the formula in a transform."""
+    in_formula = entry.name == "torch" and transform_active()
+    return entry if in_formula else _by_name.get((entry.op, PORTABLE), entry)
 
 
 def _sentence(refusals: list[tuple[str, str]]) -> str:

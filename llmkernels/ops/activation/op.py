@@ -97,8 +97,6 @@ def _activation(input: Tensor, bias: Tensor | None, activation: str, backend: st
     chosen = registry.pick(op, (input, bias), backend)
     if chosen.name == "torch" and transform_active():
         return reference.activation_fwd(input, bias, activation)
-    if torch.compiler.is_exporting():
-        chosen = registry.entry(op, registry.PORTABLE)
     if needs_grad(input, bias):
         return ActivationFunction.apply(input, bias, activation, chosen.name)
     return chosen.fwd(input, bias, activation)
@@ -137,8 +135,8 @@ def silu(input: Tensor, bias: Tensor | None = None, *, backend: str | None = Non
 
 # --- backends, best first -------------------------------------------------------------------------------------------
 
+_RAW = ("activation_fwd", "activation_bwd", reference.activation_fwd, reference.activation_bwd)
 for _name in dict.fromkeys(OP_OF.values()):
-    _RAW = ("activation_fwd", "activation_bwd", reference.activation_fwd, reference.activation_bwd)
     registry.register(_name, *_op.backends(_name, *_RAW))
 
 _op.define_public("gelu", '(Tensor input, Tensor? bias=None, *, str approximate="none") -> Tensor', gelu)

@@ -168,8 +168,6 @@ def attention_kvcache(
     _check_forward_only(query=query, k_cache=k_cache, v_cache=v_cache, k=k, v=v, cos=cos, sin=sin,
                         alibi_slopes=alibi_slopes, sinks=sinks)  # fmt: skip
     chosen = registry.pick(OP, (query, k_cache, v_cache, None, alibi_slopes, sinks), backend)
-    if torch.compiler.is_exporting():
-        chosen = registry.entry(OP, registry.PORTABLE)
 
     start = capacity if cache_seqlens is None else cache_seqlens
     if block_table is not None and not isinstance(start, Tensor):

@@ -143,8 +143,6 @@ def attend(op: str, q, k, v, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_s
     if chosen.name == "torch" and transform_active():
         out, lse = reference.attention(*differentiable, seed, cu_seqlens_q, cu_seqlens_k, options)
         return (out, lse) if return_lse else out
-    if torch.compiler.is_exporting():
-        chosen = registry.entry(op, registry.PORTABLE)
     tensors = (*differentiable, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
     if needs_grad(*differentiable):
         return AttentionFunction.apply(*tensors, max_seqlen_k, options, return_lse, chosen.name)

@@ -198,7 +198,7 @@ def linear_cross_entropy(
 
     Tokens are taken in chunks of about 2^24 logits. With a mean or a sum each chunk's logits become its share of the
     gradients at once, where something wants one: only gradients that are wanted are computed (none of `linear_weight`
-    if it is frozen).
+    if it is frozen). An exported graph has all the logits at once: the number of chunks would be frozen into it.
 
     Args:
         input: `[*, H]`, fp64, fp32, bf16 or fp16.
@@ -229,7 +229,7 @@ def linear_cross_entropy(
     chosen = registry.pick(OP, tensors, backend)
     if chosen.name == "torch" and transform_active():
         loss = _formula(*tensors, reduction, settings, dtype)
-    elif torch.compiler.is_exporting():  # the number of chunks would be frozen into the graph
+    elif chosen.name == registry.PORTABLE:  # exporting: the number of chunks would be frozen into the graph
         logits = torch_functional.linear(rows, linear_weight, linear_bias)
         loss = cross_entropy_op.of_rows(logits, target, weight, reduction, settings, dtype, backend)
     elif needs_grad(rows, linear_weight, linear_bias, target):

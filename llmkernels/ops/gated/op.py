@@ -97,8 +97,6 @@ def gated(gate: Tensor, up: Tensor | None, activation: str, backend: str | None)
     chosen = registry.pick(op, (gate, up), backend)
     if chosen.name == "torch" and transform_active():
         return reference.gated_fwd(gate, up, activation)
-    if torch.compiler.is_exporting():
-        chosen = registry.entry(op, registry.PORTABLE)
     if needs_grad(gate, up):
         return GatedFunction.apply(gate, up, activation, chosen.name)
     return chosen.fwd(gate, up, activation)

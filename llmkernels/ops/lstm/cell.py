@@ -1,6 +1,5 @@
 """lstm_cell: one step of one layer."""
 
-import torch
 from torch import Tensor
 
 from llmkernels import _op, registry
@@ -50,8 +49,6 @@ def lstm_cell(
     h, c = hx
     _check(input, h, c, w_ih, w_hh, b_ih, b_hh)
     chosen = registry.pick("lstm_cell", (input, h, c, w_ih, w_hh, b_ih, b_hh), backend)
-    if torch.compiler.is_exporting() and chosen.name != "torch":
-        chosen = registry.entry("lstm_cell", registry.PORTABLE)
     gates_x = linear(input, w_ih, b_ih)
     if gates_x.dtype != c.dtype:  # under autocast
         gates_h = linear(h, w_hh, b_hh)

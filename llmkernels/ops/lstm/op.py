@@ -152,10 +152,8 @@ def recurrence(gates_x, h0, c0, w_hh, w_hr, batch_sizes, reverse: bool, extras: 
     """One layer and direction behind its input's product: (y, h_n, c_n, every c), the last one empty unless `cells`."""
     tensors = (gates_x, h0, c0, w_hh, w_hr)
     chosen = registry.pick("lstm", (*tensors, *extras), backend)
-    if chosen.name == "torch" and (transform_active() or any(extra is not None for extra in extras)):
+    if any(extra is not None for extra in extras) or (chosen.name == "torch" and transform_active()):
         return reference.recurrence(*tensors, batch_sizes, reverse, extras)
-    if torch.compiler.is_exporting():
-        chosen = registry.entry("lstm", registry.PORTABLE)
     if needs_grad(*tensors):
         return LSTMFunction.apply(*tensors, batch_sizes, reverse, chosen.name)
     y, h_n, c_n, _, every_c = chosen.fwd(*tensors, batch_sizes, reverse, cells)

@@ -227,8 +227,6 @@ def _layer_norm(op, x, residual, normalized_shape, weight, bias, eps, backend):
     chosen = registry.pick(op, tensors, backend)
     if chosen.name == "torch" and transform_active():
         return reference.layer_norm(*tensors, shape, eps)
-    if torch.compiler.is_exporting():
-        chosen = registry.entry(op, registry.PORTABLE)
     if needs_grad(*tensors):
         return LayerNormFunction.apply(*tensors, shape, eps, chosen.name)
     y, new_residual, _, _ = chosen.fwd(*tensors, shape, eps)
@@ -255,8 +253,6 @@ def _rms_norm(op, x, residual, normalized_shape, weight, eps, weight_offset, bac
     chosen = registry.pick(op, tensors, backend)
     if chosen.name == "torch" and transform_active():
         return reference.rms_norm(x, residual, weight, shape, eps, weight_offset)
-    if torch.compiler.is_exporting():
-        chosen = registry.entry(op, registry.PORTABLE)
     if needs_grad(*tensors):
         return RMSNormFunction.apply(x, residual, weight, shape, eps, weight_offset, chosen.name)
     y, new_residual, _ = chosen.fwd(x, residual, weight, shape, eps, weight_offset)

@@ -229,11 +229,9 @@ def rope(
         return rope_(q, k, cos, sin, positions, interleaved=interleaved, seq_dim=seq_dim, backend=backend)
     arguments = _prepared(q, k, cos, sin, positions, seq_dim, interleaved)
     chosen = registry.pick("rope", arguments[:5], backend)
-    if chosen.name == "torch" and (transform_active() or needs_grad(cos, sin)):
+    if needs_grad(cos, sin) or (chosen.name == "torch" and transform_active()):
         turned = reference.rope_fwd(*arguments)
         return turned if k is not None else (turned[0], None)
-    if torch.compiler.is_exporting():
-        chosen = registry.entry("rope", registry.PORTABLE)
     if needs_grad(q, k):
         turned = RopeFunction.apply(*arguments, chosen.name)
         return turned if k is not None else (turned, None)
@@ -268,7 +266,8 @@ def rope_(
     chosen = registry.pick("rope_", arguments[:5], backend)
     recorded = needs_grad(q, k)
     learned = needs_grad(cos, sin)
-    if (chosen.name == "torch" and (transform_active() or learned)) or (recorded and torch.compiler.is_compiling()):
+    in_formula = learned or (chosen.name == "torch" and transform_active())
+    if in_formula or (recorded and torch.compiler.is_compiling()):
         # What a gradient of cos and sin is made of must not be overwritten.
         given = [x.clone() if learned and x is not None else x for x in (q, k)]
         turned = rope(*given, cos, sin, positions, interleaved=interleaved, seq_dim=seq_dim, backend=backend)
@@ -276,8 +275,6 @@ def rope_(
             if tensor is not None:
                 tensor.copy_(values)
         return q, k
-    if torch.compiler.is_exporting():
-        chosen = registry.entry("rope_", registry.PORTABLE)
     if not recorded:
         chosen.fwd(*arguments)
         return q, k

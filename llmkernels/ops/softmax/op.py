@@ -117,8 +117,6 @@ def _over_last(op: str, log: bool, x: Tensor, scale: float, mask: Tensor | None,
     chosen = registry.pick(op, (x, mask), backend)
     if chosen.name == "torch" and transform_active():
         return reference.softmax_fwd(x, mask, scale, log)
-    if torch.compiler.is_exporting():
-        chosen = registry.entry(op, registry.PORTABLE)
     if needs_grad(x, mask):
         return SoftmaxFunction.apply(x, mask, scale, log, chosen.name)
     return chosen.fwd(x, mask, scale, log)

@@ -24,12 +24,12 @@ def softmax_fwd(x: Tensor, mask: Tensor | None, scale: float, log: bool) -> Tens
     s = scores(x, mask, scale)
     if s.numel() == 0:
         return s.to(x.dtype)
-    top = s.detach().amax(-1, keepdim=True)
-    dead = top == float("-inf")
-    shifted = s - torch.where(dead, 0.0, top)
-    e = shifted.exp()
-    total = torch.where(dead, 1.0, e.sum(-1, keepdim=True))
-    y = torch.where(s == float("-inf"), s.detach(), shifted - total.log()) if log else e / total
+    dead = (s == float("-inf")).all(-1, keepdim=True)  # where torch's own functions give NaN
+    safe = s.masked_fill(dead, 0.0)
+    if log:
+        y = torch.where(s == float("-inf"), s.detach(), torch.log_softmax(safe, -1))
+    else:
+        y = torch.softmax(safe, -1).masked_fill(dead, 0.0)
     return y.to(x.dtype)
 
 

@@ -101,27 +101,13 @@ def sample(
     logits = logits.float() if logits.dtype == torch.float64 else logits
     u = torch.rand(logits.shape[:-1], dtype=torch.float64, device=logits.device, generator=generator)
     chosen = registry.pick("sample", (logits, u), backend)
-    if torch.compiler.is_exporting():
-        chosen = registry.entry("sample", registry.PORTABLE)
     return chosen.fwd(logits, u, float(temperature), top_k, float(top_p), float(min_p))
 
 
 _op.lazy_triton("llmkernels.ops.softmax.sample_triton", ("sample_tokens",))
 
 
-def _entry(name: str, kernel, why_not) -> registry.Backend:
-    """There is no backward, and nobody calls one: the forward stands in its place."""
-    return registry.Backend("sample", name, kernel, kernel, why_not)
-
-
-registry.register(
-    "sample",
-    _entry("cuda", _op.kernel("cuda", "sample_tokens"), _op.cuda_why_not),
-    _entry("cpu", _op.kernel("cpu", "sample_tokens"), _op.cpu_why_not),
-    _entry("triton", _op.kernel("triton", "sample_tokens"), _op.triton_why_not),
-    _entry("torch", sample_tokens, lambda *_: None),
-    _entry(registry.PORTABLE, torch.ops.llmkernels.sample_tokens.default, lambda *_: None),
-)
+registry.register("sample", *_op.backends("sample", "sample_tokens", None, sample_tokens, None))
 _op.define_public(
     "sample",
     "(Tensor logits, *, float temperature=1.0, int top_k=0, float top_p=1.0, float min_p=0.0,"
