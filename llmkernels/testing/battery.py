@@ -3,6 +3,7 @@
 `cases` is the op family's module (llmkernels.ops.<family>.cases), `case` one of its cases.
 """
 
+from dataclasses import dataclass
 from types import ModuleType
 
 from torch import Tensor
@@ -27,18 +28,35 @@ def judge(cases: ModuleType, case, backend: str | None, device: str = "cpu", see
     return judge_results(cases, case, inputs, evaluate(cases, case, inputs, backend))
 
 
-def judge_results(cases: ModuleType, case, inputs: Inputs, actual: dict[str, Tensor]) -> dict[str, Difference]:
-    """Compare results made elsewhere, for instance by a deliberately wrong variant."""
-    truth, yardstick = cases.truth(case, inputs), baseline(cases, case, inputs)
-    if set(actual) != set(truth):
-        raise AssertionError(f"{case}: results {sorted(actual)}, expected {sorted(truth)}")
+@dataclass(frozen=True)
+class Expected:
+    """What results of a case are compared with: the fp64 truth, what plain PyTorch gives, and what its sums are of."""
+
+    truth: dict[str, Tensor]
+    baseline: dict[str, Tensor]
+    floors: dict[str, Tensor | None]
+
+
+def expected(cases: ModuleType, case, inputs: Inputs) -> Expected:
+    truth = cases.truth(case, inputs)
+    floors = {name: cases.term_size(case, inputs, name) for name in truth}
+    return Expected(truth, baseline(cases, case, inputs), floors)
+
+
+def judge_results(
+    cases: ModuleType, case, inputs: Inputs, actual: dict[str, Tensor], known: Expected | None = None
+) -> dict[str, Difference]:
+    """Compare results made elsewhere, for instance by a deliberately wrong variant; `known` saves making it again."""
+    known = expected(cases, case, inputs) if known is None else known
+    if set(actual) != set(known.truth):
+        raise AssertionError(f"{case}: results {sorted(actual)}, expected {sorted(known.truth)}")
     return {
         name: compare_rows(
-            *(cases.as_rows(case, name, results[name]) for results in (actual, truth, yardstick)),
+            *(cases.as_rows(case, name, results[name]) for results in (actual, known.truth, known.baseline)),
             tolerance=GRADIENT if name.startswith("d") else OUTPUT,
-            floor=cases.term_size(case, inputs, name),
+            floor=known.floors[name],
         )
-        for name in truth
+        for name in known.truth
     }
 
 

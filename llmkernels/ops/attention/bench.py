@@ -74,7 +74,8 @@ def _padded(case: AttentionCase, inputs):
     )
     lengths = [ends.diff() for ends in inputs.cu_seqlens]
     seen = torch.arange(k.shape[2], device=k.device) < lengths[1][:, None]
-    mask = seen[:, None, None, :] & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    mask = seen[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+    mask = mask.tril() if case.causal else mask  # of sequences with as many queries as keys
     out = torch_functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=case.key_heads != case.H)
     kept = torch.arange(q.shape[2], device=q.device) < lengths[0][:, None]
     return (out.transpose(1, 2)[kept],)
