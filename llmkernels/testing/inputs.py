@@ -1,6 +1,7 @@
 """The tensors of one case, and how outputs and gradients are had from them: the same for every op family."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -11,6 +12,14 @@ from torch import Tensor
 def short_name(dtype: torch.dtype) -> str:
     """fp64, fp32, bf16 or fp16."""
     return {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(dtype)[6:]]
+
+
+def fewer(shape: tuple[int, ...], elements: int, dim: int = 0) -> tuple[int, ...]:
+    """`shape` with dimension `dim` cut, to one at least, so that there are at most `elements` in all."""
+    sizes = list(shape)
+    sizes[dim] = 1
+    sizes[dim] = max(1, min(shape[dim], elements // math.prod(sizes)))
+    return tuple(sizes)
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""What every kernel of the library does on small cases, counted by the interpreter: `python -m tests.ptxsim.report`.
+"""What kernels of the library do on the benchmarks' cases, made small, by count: `python -m tests.ptxsim.report [op]`.
 
 No GPU is needed and the numbers are exact: warp instructions; 32-byte sectors a request to global memory touches (4 are
 perfect for 4-byte accesses of a warp, 16 for 16-byte ones); wavefronts a request to shared memory takes (1 for up to
@@ -7,71 +7,36 @@ perfect for 4-byte accesses of a warp, 16 for 16-byte ones); wavefronts a reques
 
 import argparse
 import collections
-import dataclasses
 import sys
 import warnings
 
-from llmkernels import ops
+from llmkernels import NoBackendError, ops
 from llmkernels.testing.battery import evaluate
 from llmkernels.testing.resources import short_name
 from tests.ptxsim import backend as simulated
 from tests.ptxsim import sim
 
 COUNTED = ("warp_instructions", "global_requests", "global_sectors", "shared_requests", "shared_wavefronts")
-ELEMENTS = 16_384  # of each tensor: the rows of the benchmarks' cases are reduced to these
+ELEMENTS = 16_384  # of a tensor: the benchmarks' cases are cut to about these
 
 
-def small_norm(case):
-    rows = max(1, min(case.rows, ELEMENTS // case.cols))
-    return dataclasses.replace(case, shape=(rows, case.cols))
-
-
-def small_gated(case):
-    rows, cols = case.shape
-    return dataclasses.replace(case, shape=(max(1, min(rows, ELEMENTS // cols)), cols))
-
-
-def small_attention(case):
-    if case.lengths is not None:
-        return dataclasses.replace(case, B=2, H=2, lengths=((100, 30), (100, 130)))
-    return dataclasses.replace(case, B=1, H=2, S=160, T=160)
-
-
-def small_rope(case):
-    batch, heads, seq, cols = case.shape
-    return dataclasses.replace(case, shape=(batch, heads, max(1, min(seq, ELEMENTS // (heads * cols))), cols))
-
-
-def small_cross_entropy(case):
-    *batch, classes = case.shape
-    return dataclasses.replace(case, shape=(max(1, min(batch[0], ELEMENTS // classes)), classes))
-
-
-# family -> the small version of one of its benchmarks' cases
-SMALL = {
-    "activation": small_gated,
-    "attention": small_attention,
-    "cross_entropy": small_cross_entropy,
-    "gated": small_gated,
-    "norm": small_norm,
-    "rope": small_rope,
-}
-
-
-def count(backend: str, op: str | None) -> dict[str, collections.Counter]:
-    """Kernel -> sums over the small cases, forward and backward."""
-    sums = collections.defaultdict(collections.Counter)
-    for family, small in SMALL.items():
-        cases, bench = ops.cases_of(family), ops.bench_of(family)
-        for case in (case for name in cases.OPS if op in (None, name) for case in bench.bench_cases(name, full=True)):
-            case = small(case)
+def count(backend: str, op: str | None) -> tuple[dict[str, collections.Counter], list[str]]:
+    """Kernel -> sums over the small cases, forward and backward; and what the backend refused, a sentence each."""
+    sums, refused = collections.defaultdict(collections.Counter), []
+    families = [(cases, ops.bench_of(family)) for family in ops.FAMILIES for cases in ops.all_cases(family)]
+    chosen = [(cases, bench, name) for cases, bench in families for name in cases.OPS if op in (None, name)]
+    for cases, bench, name in chosen:
+        for case in bench.bench_cases(name, full=True):
+            case = bench.small(case, ELEMENTS)
             with sim.device(record=True, check=False, multiprocessors=132) as launches:
-                evaluate(cases, case, cases.make_inputs(case), backend)
+                try:
+                    evaluate(cases, case, cases.make_inputs(case), backend)
+                except NoBackendError as error:
+                    refused.append(f"{case}: {error}")
             for launch in launches.all:
-                sums[short_name(launch["kernel"])] += collections.Counter(
-                    {"launches": 1} | {n: launch[n] for n in COUNTED}
-                )
-    return sums
+                counts = {"launches": 1} | {counter: launch[counter] for counter in COUNTED}
+                sums[short_name(launch["kernel"])] += collections.Counter(counts)
+    return sums, refused
 
 
 def ratio(sums: collections.Counter, part: str, whole: str) -> str:
@@ -89,14 +54,16 @@ def main() -> int:
         print(f"nothing to report: {reason}")
         return 1
     warnings.simplefilter("ignore")  # of torch's own baseline
-    sums = count(args.backend, args.op)
-    width = max(map(len, sums))
+    sums, refused = count(args.backend, args.op)
+    width = max(map(len, (args.backend, *sums)))
     print(f"{args.backend:<{width}}  launches  instructions  sectors/request  wavefronts/request")
     for kernel, row in sorted(sums.items()):
         sectors = ratio(row, "global_sectors", "global_requests")
         wavefronts = ratio(row, "shared_wavefronts", "shared_requests")
         counts = f"{row['launches']:>8}  {row['warp_instructions']:>12}"
         print(f"{kernel:<{width}}  {counts}  {sectors:>15}  {wavefronts:>18}")
+    for sentence in refused:
+        print(sentence)
     return 0
 
 

@@ -4,6 +4,7 @@ import torch
 
 from llmkernels.ops.activation import cases
 from llmkernels.ops.activation.cases import ActivationCase
+from llmkernels.testing.inputs import fewer
 
 SIZE, LONG = (4096, 1024), (2048, 14336)
 
@@ -13,6 +14,11 @@ def bench_cases(op: str, full: bool) -> list[ActivationCase]:
     dtypes = (torch.float32, torch.bfloat16)
     found = [ActivationCase(op, shape, dtype) for shape in ((SIZE, LONG) if full else (SIZE,)) for dtype in dtypes]
     return found + [ActivationCase(op, SIZE, dtype, bias=False) for dtype in dtypes if full]
+
+
+def small(case: ActivationCase, elements: int) -> ActivationCase:
+    """A case of `bench_cases` with about so many elements in each tensor, for what is counted and not timed."""
+    return cases.reshaped(case, fewer(case.shape, elements))
 
 
 def overhead_case(op: str) -> ActivationCase:

@@ -1,5 +1,7 @@
 """What is worth timing of attention, and the peers to beat."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as torch_functional
 
@@ -37,6 +39,18 @@ def _decoding(dtype: torch.dtype, lengths: tuple[int, ...]) -> CacheCase:
     """One token of a model with 32 heads, of which 4 share the keys."""
     sizes = {"H": 32, "Hk": 8, "D": 128, "Dv": 128, "T": max(lengths)}
     return CacheCase("decode", lengths, dtype=dtype, lse=False, **sizes)
+
+
+def small(case: AttentionCase | CacheCase, elements: int) -> AttentionCase | CacheCase:
+    """A case of `bench_cases` with about so many elements in each tensor, for what is counted and not timed."""
+    if isinstance(case, CacheCase):
+        length = max(1, min(case.T, elements // case.D))
+        return replace(case, lengths=(length,), T=length, H=case.H // case.Hk, Hk=1)
+    heads = case.H // case.key_heads
+    if case.lengths is not None:
+        return replace(case, B=2, H=heads, Hk=1, lengths=((100, 30), (100, 130)))
+    length = max(1, elements // case.D)
+    return replace(case, B=1, H=heads, Hk=1, S=min(case.S, length), T=min(case.T, length))
 
 
 def overhead_case(op: str) -> AttentionCase | CacheCase:

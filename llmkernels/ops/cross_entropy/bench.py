@@ -5,6 +5,7 @@ import torch.nn.functional as torch_functional
 
 from llmkernels.ops.cross_entropy import cases
 from llmkernels.ops.cross_entropy.cases import CrossEntropyCase
+from llmkernels.testing.inputs import fewer
 
 SIZE, LAYER = (4096, 32000), (8192, 32000)  # the goals' sizes
 HIDDEN = 512
@@ -21,6 +22,11 @@ def bench_cases(op: str, full: bool) -> list[CrossEntropyCase]:
         found += [CrossEntropyCase(op, SIZE, dtype, label_smoothing=0.1) for dtype in dtypes]
         found += [CrossEntropyCase(op, SIZE, dtype, softcap=30.0, z_loss=1e-4) for dtype in dtypes]
     return found
+
+
+def small(case: CrossEntropyCase, elements: int) -> CrossEntropyCase:
+    """A case of `bench_cases` with about so many elements in each tensor, for what is counted and not timed."""
+    return cases.reshaped(case, fewer(case.shape, elements))
 
 
 def overhead_case(op: str) -> CrossEntropyCase:

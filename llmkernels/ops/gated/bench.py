@@ -4,6 +4,7 @@ import torch
 
 from llmkernels.ops.gated import cases
 from llmkernels.ops.gated.cases import GatedCase
+from llmkernels.testing.inputs import fewer
 
 SIZE, LONG = (4096, 1024), (2048, 14336)  # the goals' size; LLaMA's MLP
 
@@ -13,6 +14,11 @@ def bench_cases(op: str, full: bool) -> list[GatedCase]:
     dtypes = (torch.float32, torch.bfloat16)
     found = [GatedCase(op, shape, dtype) for shape in ((SIZE, LONG) if full else (SIZE,)) for dtype in dtypes]
     return found + [GatedCase(op, SIZE, dtype, packed=True) for dtype in dtypes if full]
+
+
+def small(case: GatedCase, elements: int) -> GatedCase:
+    """A case of `bench_cases` with about so many elements in each tensor, for what is counted and not timed."""
+    return cases.reshaped(case, fewer(case.shape, elements))
 
 
 def overhead_case(op: str) -> GatedCase:

@@ -1,10 +1,13 @@
 """What is worth timing for lstm and lstm_cell, and the peers to beat."""
 
+from dataclasses import replace
+
 import torch
 
 from llmkernels.benchmarking import onnx_peer
 from llmkernels.ops.lstm import cases
 from llmkernels.ops.lstm.cases import LSTMCase
+from llmkernels.testing.inputs import fewer
 
 # T, B, I = H: the goals' sizes.
 SIZES = ((128, 1, 256), (128, 32, 256), (64, 64, 1024), (128, 1, 1024))
@@ -22,6 +25,13 @@ def bench_cases(op: str, full: bool) -> list[LSTMCase]:
         found += [LSTMCase(op, 132, 32, 256, 256, dtype, lengths=lengths) for dtype in dtypes]
         found += [LSTMCase(op, 128, 32, 256, 256, dtype, layers=2, bidirectional=True) for dtype in dtypes]
     return found
+
+
+def small(case: LSTMCase, elements: int) -> LSTMCase:
+    """A case of `bench_cases` with about so many elements in each tensor, for what is counted and not timed."""
+    T, B, _ = fewer(fewer((case.T, case.B, case.H), elements, 0), elements, 1)
+    lengths = None if case.lengths is None else (T,) * B
+    return replace(case, T=T, B=B, lengths=lengths)
 
 
 def overhead_case(op: str) -> LSTMCase:

@@ -5,6 +5,7 @@ import torch
 from llmkernels.benchmarking import onnx_peer
 from llmkernels.ops.norm import cases
 from llmkernels.ops.norm.cases import NormCase
+from llmkernels.testing.inputs import fewer
 
 SIZE, ROW = (4096, 1024), (1024,)
 LONG = ((256, 16384), (8192, 256), (64, 262144))
@@ -14,6 +15,11 @@ def bench_cases(op: str, full: bool) -> list[NormCase]:
     """Cases of `op`: the goals' size, and with `full` long, short and very long rows."""
     shapes = (SIZE, *LONG) if full else (SIZE,)
     return [NormCase(op, shape, shape[-1:], dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
+
+
+def small(case: NormCase, elements: int) -> NormCase:
+    """A case of `bench_cases` with about so many elements in each tensor, for what is counted and not timed."""
+    return cases.reshaped(case, fewer(case.shape, elements))
 
 
 def overhead_case(op: str) -> NormCase:

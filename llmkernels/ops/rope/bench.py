@@ -4,6 +4,7 @@ import torch
 
 from llmkernels.ops.rope import cases
 from llmkernels.ops.rope.cases import RopeCase
+from llmkernels.testing.inputs import fewer
 
 SIZE, KV_HEADS = (1, 32, 2048, 128), 8  # a layer of LLaMA-3 8B
 
@@ -19,6 +20,11 @@ def bench_cases(op: str, full: bool) -> list[RopeCase]:
         found.append(RopeCase(op, SIZE, torch.bfloat16, KV_HEADS, table="fp32"))
         found.append(RopeCase(op, (16, 32, 1, 128), torch.bfloat16, KV_HEADS, positions="2d"))
     return found
+
+
+def small(case: RopeCase, elements: int) -> RopeCase:
+    """A case of `bench_cases` with about so many elements in each tensor, for what is counted and not timed."""
+    return cases.reshaped(case, fewer(case.shape, elements, case.seq_dim))
 
 
 def overhead_case(op: str) -> RopeCase:

@@ -1,8 +1,11 @@
 """What is worth timing in softmax and log_softmax, and the peers to beat."""
 
+from dataclasses import replace
+
 import torch
 
 from llmkernels.ops.softmax.cases import SoftmaxCase
+from llmkernels.testing.inputs import fewer
 
 SIZE, VOCABULARY, SCORES = (4096, 1024), (256, 32_000), (2, 8, 512, 512)
 
@@ -13,6 +16,13 @@ def bench_cases(op: str, full: bool) -> list[SoftmaxCase]:
     found = [SoftmaxCase(op, SIZE, dtype) for dtype in dtypes]
     found += [SoftmaxCase(op, SCORES, dtype, 0.125, "bool", (2, 1, 512, 512)) for dtype in dtypes]
     return found + [SoftmaxCase(op, VOCABULARY, dtype) for dtype in dtypes if full]
+
+
+def small(case: SoftmaxCase, elements: int) -> SoftmaxCase:
+    """A case of `bench_cases` with about so many elements in each tensor, for what is counted and not timed."""
+    shape = fewer(case.shape, elements, -2)
+    mask_shape = None if case.mask_shape is None else (*case.mask_shape[:-2], *shape[-2:])
+    return replace(case, shape=shape, mask_shape=mask_shape)
 
 
 def overhead_case(op: str) -> SoftmaxCase:
