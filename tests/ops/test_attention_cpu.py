@@ -173,8 +173,14 @@ def test_values_that_would_read_elsewhere_are_errors():
         )
 
 
-def test_keys_that_a_query_does_not_see_may_be_nan():
-    """Those of blocks outside the window are not touched, those that a boolean mask leaves out have no weight."""
+def gradients(q, k, v, mask, dout):
+    """The output, and the gradients of q, k and v."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = functional.scaled_dot_product_attention(*leaves, mask, backend="cpu")
+    return out, *torch.autograd.grad(out, leaves, dout)
+
+
+def test_keys_outside_a_window_are_not_touched():
     q, k, v = (torch.randn(1, 1, 300, 64) for _ in range(3))
     expected = functional.scaled_dot_product_attention(q, k, v, window=(30, 0), causal="bottom_right", backend="cpu")
     k[:, :, 260:] = torch.nan
@@ -182,6 +188,20 @@ def test_keys_that_a_query_does_not_see_may_be_nan():
     actual = functional.scaled_dot_product_attention(q, k, v, window=(30, 0), causal="bottom_right", backend="cpu")
     assert torch.equal(actual[:, :, :192], expected[:, :, :192])
     assert actual[:, :, 260:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_that_a_boolean_mask_hides_are_not_touched(dtype):
+    """Their keys and values may be NaN, whether they are packed (many queries) or read where they are."""
+    for S in (300, 2):
+        q, k, v, dout = (torch.randn(1, 1, rows, 64, dtype=dtype) for rows in (S, 400, 400, S))
+        mask = torch.zeros(S, 400, dtype=torch.bool)
+        mask[:, 128:256] = torch.rand(S, 128) < 0.8
+        run = lambda: gradients(q, k, v, mask, dout)  # noqa: B023
+        expected = run()
+        for x in (k, v):
+            x[:, :, :128], x[:, :, 256:] = torch.nan, torch.nan
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), expected, strict=True))
 
 
 def test_memory_grows_with_the_length():

@@ -126,7 +126,7 @@ class Backward : BackwardTiles<T> {
       }
       pack_queries(queries, seq, b, head, row_block, false);
       for (int64_t key = 0; key < seq.keys; key += kBwdKeys) {
-        if (!tile_is_seen(queries, key)) continue;
+        if (!tile_is_seen(queries, seq, key)) continue;
         KeyBlock<T>& block = keys[key / kBwdKeys];
         if (!is_packed[key / kBwdKeys]) pack_keys(block, seq, b, key_head, key, true);
         is_packed[key / kBwdKeys] = 1;
@@ -168,7 +168,7 @@ class Backward : BackwardTiles<T> {
           for (int64_t r = one_row ? 0 : block; r < (one_row ? z.row_blocks : block + 1); ++r) {
             pack_queries(queries, seq, b, head, r, false);
             for (int64_t key = 0; key < seq.keys; key += kBwdKeys) {
-              if (!tile_is_seen(queries, key)) continue;
+              if (!tile_is_seen(queries, seq, key)) continue;
               pack_keys(keys, seq, b, head / z.group, key, false);
               make_tile(tile, queries, keys, seq, key);
               add_to(sums, one_row ? 0 : cols, tile.dmask, queries.count, key, one_key);
@@ -208,7 +208,7 @@ class Backward : BackwardTiles<T> {
     for (int64_t i = 0; i < kBwdKeys * z.dv_wide; i += n) store(keys.dv + i, FloatVector{});
     for (int64_t i = 0; i < z.group * z.row_blocks; ++i) {
       QueryBlock<T>& block = queries[i];
-      if (block.count == 0 || !tile_is_seen(block, key)) continue;
+      if (block.count == 0 || !tile_is_seen(block, seq, key)) continue;
       make_tile(tile, block, keys, seq, key);
       write_dmask(tile, block, seq, b, key_head * z.group + i / z.row_blocks, i % z.row_blocks, key);
       add_keys(tile, block, keys, key);

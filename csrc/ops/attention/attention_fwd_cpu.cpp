@@ -165,7 +165,7 @@ class FwdTask {
     }
     for (int64_t key = low / kBlockKeys * kBlockKeys; key < high; key += kBlockKeys) {
       if (plan.direct) {
-        direct_block(keys, values, key, low, high, count);
+        direct_block(keys, values, key, seq.keys, low, high, count);
       } else {
         packed_block(keys, values, key, seq.keys, count);
       }
@@ -199,22 +199,6 @@ class FwdTask {
     for (int r = 0; r < n; ++r) memory.top[count + r] = -kInfinity;
   }
 
-  // The keys [c0, c1) of a block, rounded outwards to vectors, that some of `count` rows sees; false: none.
-  bool seen(int64_t first_row, int count, int64_t key, int64_t& c0, int64_t& c1) const {
-    int64_t low = key + kBlockKeys, high = key;
-    for (int64_t r = first_row; r < first_row + count; ++r) {
-      const ScoreRow& row = memory.rows[r];
-      if (row.low >= row.high) continue;
-      low = row.low < low ? row.low : low;
-      high = row.high > high ? row.high : high;
-    }
-    low = low < key ? key : low;
-    high = high > key + kBlockKeys ? key + kBlockKeys : high;
-    c0 = (low - key) / n * n;
-    c1 = round_up(high - key, n);
-    return low < high;
-  }
-
   // Products in memory.s to weights. `end`: the keys of the sequence.
   template <class P>
   void weigh(int64_t first_row, int count, int64_t key, int64_t c0, int64_t c1, int64_t end, P* weights,
@@ -238,16 +222,16 @@ class FwdTask {
     const int64_t block = key / kBlockKeys, there = end - key < kBlockKeys ? end - key : kBlockKeys;
     Word* k = memory.k + block * memory.key_words;
     Word* v = memory.v + block * memory.value_words;
-    if (!memory.is_packed[block]) {
-      memory.is_packed[block] = 1;
-      pack_transposed<C, T>([&](int64_t i) { return keys(key + i); }, there, in.D, k, kBlockKeys);
-      pack_summed<C, T>([&](int64_t i) { return values(key + i); }, there, kBlockKeys, in.Dv, v, memory.acc_row);
-    }
     float factors[kLanes<float>];
     for (int64_t r = 0; r < count; r += kTileRows) {
       const int rows = static_cast<int>(count - r < kTileRows ? count - r : kTileRows);
       int64_t c0, c1;
-      if (!seen(r, rows, key, c0, c1)) continue;
+      if (!seen_keys(in, memory.rows + r, rows, key, kBlockKeys, end, c0, c1)) continue;
+      if (!memory.is_packed[block]) {
+        memory.is_packed[block] = 1;
+        pack_transposed<C, T>([&](int64_t i) { return keys(key + i); }, there, in.D, k, kBlockKeys);
+        pack_summed<C, T>([&](int64_t i) { return values(key + i); }, there, kBlockKeys, in.Dv, v, memory.acc_row);
+      }
       const int64_t soon = count - r - rows < kTileRows ? count - r - rows : kTileRows;
       fetch_masks(in, memory.rows + r + rows, soon, key, there);
       product_rows<C>({memory.q + r * memory.q_row, memory.q_row, 1, k + c0, kBlockKeys, div_up(in.D, kPerWord<C>),
@@ -260,13 +244,13 @@ class FwdTask {
   }
 
   // Keys [low, high) of one block; the memory behind `high` may belong to nobody.
-  void direct_block(const HeadRows<T>& keys, const HeadRows<T>& values, int64_t key, int64_t low, int64_t high,
-                    int64_t count) {
+  void direct_block(const HeadRows<T>& keys, const HeadRows<T>& values, int64_t key, int64_t end, int64_t low,
+                    int64_t high, int64_t count) {
     float factors[kLanes<float>];
     for (int64_t r = 0; r < count; r += kDirectTileRows) {
       const int rows = static_cast<int>(count - r < kDirectTileRows ? count - r : kDirectTileRows);
       int64_t c0, c1;
-      if (!seen(r, rows, key, c0, c1)) continue;
+      if (!seen_keys(in, memory.rows + r, rows, key, kBlockKeys, end, c0, c1)) continue;
       const int64_t from = low - key > c0 ? low - key : c0, to = high - key < c1 ? high - key : c1;
       if (from >= to) continue;
       // The first rows fetch for all.
