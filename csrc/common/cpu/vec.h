@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/dtype.h"
+
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 #include <immintrin.h>
 #endif
@@ -269,6 +271,30 @@ inline Acc sum_lanes(Vec<Acc> value) {
 template <class Acc>
 inline Acc sum(Vec<Acc> value) {
   return sum_lanes<Acc, kLanes<Acc>>(value);
+}
+
+// --- calls f(T{}) for an element type ---
+
+template <class F>
+inline void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+  }
+}
+
+// For kernels that have no fp64: their callers refuse it, or convert.
+template <class F>
+inline void with_narrow_type(DType dtype, F&& f) {
+  if (dtype == DType::kBFloat16) return f(BFloat16{});
+  if (dtype == DType::kFloat16) return f(Float16{});
+  f(float{});
 }
 
 }  // namespace

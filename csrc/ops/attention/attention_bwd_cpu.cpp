@@ -10,13 +10,6 @@
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
 
-template <class F>
-inline void with_element(DType dtype, F&& f) {
-  if (dtype == DType::kFloat32) return f(float{});
-  if (dtype == DType::kBFloat16) return f(BFloat16{});
-  f(Float16{});
-}
-
 // Where the mask's gradient is as large as the scores it is written as they come. Else it is summed: by a task that has
 // all the heads which share a part of it, or by a step of its own, which makes all scores once more. An element's sum
 // is over batch, heads and rows in this order either way.
@@ -299,7 +292,7 @@ AttentionBwdWork attention_bwd_work(const AttentionBwdParams& p, int64_t threads
   const int keys = static_cast<int>(AttentionBwdStep::kKeys), queries = static_cast<int>(AttentionBwdStep::kQueries);
   const int mask = static_cast<int>(AttentionBwdStep::kMask);
   const bool whole = p.dmask != nullptr && mask_is_whole(p);
-  with_element(in.dtype, [&](auto t) {
+  with_narrow_type(in.dtype, [&](auto t) {
     using T = decltype(t);
     Backward<T> backward(p, nullptr);
     const BwdSizes<T> z(in);
@@ -343,7 +336,7 @@ AttentionBwdWork attention_bwd_work(const AttentionBwdParams& p, int64_t threads
 
 void attention_bwd(const AttentionBwdParams& p, AttentionBwdStep step, int64_t begin, int64_t end, char* scratch,
                    float* mask_sums) {
-  with_element(p.in.dtype, [&](auto t) {
+  with_narrow_type(p.in.dtype, [&](auto t) {
     Backward<decltype(t)> backward(p, mask_sums);
     switch (step) {
       case AttentionBwdStep::kDelta:

@@ -313,13 +313,6 @@ class FwdTask {
   int64_t packed_head = -1;  // whose keys memory has
 };
 
-template <class F>
-inline void with_element(DType dtype, F&& f) {
-  if (dtype == DType::kFloat32) return f(float{});
-  if (dtype == DType::kBFloat16) return f(BFloat16{});
-  f(Float16{});
-}
-
 template <class T>
 void merge_rows(const AttentionFwdParams& p, int64_t begin, int64_t end, const float* partial) {
   const AttentionInputs& in = p.in;
@@ -357,7 +350,7 @@ AttentionFwdWork attention_fwd_work(const AttentionFwdParams& p) {
   const FwdPlan plan(p.in);
   AttentionFwdWork work{};
   work.tasks = p.in.B * plan.heads * plan.blocks * plan.splits;
-  with_element(p.in.dtype, [&](auto t) { work.scratch_bytes = FwdMemory<decltype(t)>(p.in, plan, nullptr).bytes; });
+  with_narrow_type(p.in.dtype, [&](auto t) { work.scratch_bytes = FwdMemory<decltype(t)>(p.in, plan, nullptr).bytes; });
   if (plan.splits > 1) {
     work.partial_floats = work.tasks * plan.rows * (kStats + p.in.Dv);
     work.merge_rows = p.in.B * p.in.H * p.in.S;
@@ -368,7 +361,7 @@ AttentionFwdWork attention_fwd_work(const AttentionFwdParams& p) {
 
 void attention_fwd(const AttentionFwdParams& p, int64_t begin, int64_t end, char* scratch, float* partial) {
   const FwdPlan plan(p.in);
-  with_element(p.in.dtype, [&](auto t) {
+  with_narrow_type(p.in.dtype, [&](auto t) {
     using T = decltype(t);
     const FwdMemory<T> memory(p.in, plan, scratch);
     FwdTask<T> task(p, plan, memory);
@@ -377,7 +370,7 @@ void attention_fwd(const AttentionFwdParams& p, int64_t begin, int64_t end, char
 }
 
 void attention_merge(const AttentionFwdParams& p, int64_t begin, int64_t end, const float* partial) {
-  with_element(p.in.dtype, [&](auto t) { merge_rows<decltype(t)>(p, begin, end, partial); });
+  with_narrow_type(p.in.dtype, [&](auto t) { merge_rows<decltype(t)>(p, begin, end, partial); });
 }
 
 }  // namespace llmkernels::cpu::CPU_CAPABILITY

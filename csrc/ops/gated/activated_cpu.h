@@ -97,16 +97,7 @@ inline void with_activation(Activation activation, F&& f) {
 
 template <class F>
 inline void with_types(DType dtype, Activation activation, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return with_activation<double>(activation, f);
-    case DType::kFloat32:
-      return with_activation<float>(activation, f);
-    case DType::kBFloat16:
-      return with_activation<BFloat16>(activation, f);
-    case DType::kFloat16:
-      return with_activation<Float16>(activation, f);
-  }
+  with_type(dtype, [&](auto t) { with_activation<decltype(t)>(activation, f); });
 }
 
 }  // namespace
