@@ -61,6 +61,18 @@ inline Vec<Acc> splat(Acc value) {
   return Vec<Acc>{} + value;
 }
 
+// `value` as it is, rounded. Else the product that made it may be fused with a sum that follows, in one copy of a loop
+// and not in another, and a result would depend on what else is asked for.
+template <class V>
+inline V rounded(V value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+  return value;
+}
+
 // --- 16-bit floats ---
 
 // gcc 12 converts vectors in halves where one instruction would do.
