@@ -1,33 +1,33 @@
 // The forward of attention on the CPU, compiled once per instruction set: tiles of scores in the first cache, softmax
 // as they come. The maths is in attention.h.
 //
-// A task is a block of queries of one head, against all keys; keys and values are packed once for all tasks of a key
-// head that the same call works on. With few queries a task is all queries of a key head against a part of the keys,
-// read where they lie.
+// A task is a block of the rows of a key head, which are the queries of all its heads. Its keys are all, or with a
+// single block of rows a part of them, whose results are merged. Keys and values are packed once for all tasks of a key
+// head that a thread works on; where rows are few they are read where they lie.
 #include "ops/attention/attention_cpu.h"
 #include "ops/attention/attention_cpu_direct.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kBlockRows = 96;      // queries of a task: what a packed block of keys is read for
-constexpr int64_t kBlockKeys = 128;     // K and V of it fit the first cache with D = 64
-constexpr int64_t kDirectRows = 16;     // up to this many queries of a key head, keys are not packed
-constexpr int64_t kDirectSplit = 512;   // keys of a task then
-constexpr int kStats = 2;               // row_max and the sum, in front of a split's result
+constexpr int64_t kBlockRows = 96;   // rows of a task: what a packed block of keys is read for
+constexpr int64_t kBlockKeys = 128;  // K and V of it fit the first cache with D = 64
+constexpr int64_t kDirectRows = 32;  // up to this many rows of a key head packing takes longer than it saves (Zen 5)
+constexpr int64_t kSplitKeys = 512;  // keys of a task where they are split
+constexpr int kStats = 2;            // row_max and the sum, in front of a split's result
 
 struct FwdPlan {
   bool direct;
-  int64_t heads, blocks, splits;  // tasks are (b, head, block, split)
-  int64_t group, rows;            // rows: the most a task has
+  int64_t blocks, splits;  // tasks are (b, key head, block, split)
+  int64_t group, rows;     // query heads of a key head; the most rows that a task has
 
   explicit FwdPlan(const AttentionInputs& in) {
     group = in.Hk > 0 ? in.H / in.Hk : 1;
-    direct = group * in.S <= kDirectRows;
-    heads = direct ? in.Hk : in.H;
-    blocks = direct ? 1 : div_up(in.S, kBlockRows);
-    splits = direct && in.T > kDirectSplit ? div_up(in.T, kDirectSplit) : 1;
-    rows = direct ? group * in.S : in.S < kBlockRows ? in.S : kBlockRows;
+    const int64_t all = group * in.S;
+    direct = all <= kDirectRows;
+    rows = all < kBlockRows ? all : kBlockRows;
+    blocks = div_up(all, kBlockRows);
+    splits = blocks == 1 && in.T > kSplitKeys ? div_up(in.T, kSplitKeys) : 1;
   }
 };
 
@@ -136,16 +136,14 @@ class FwdTask {
 
   void run(int64_t task, float* partial) {
     const int64_t split = task % plan.splits, block = task / plan.splits % plan.blocks;
-    const int64_t b = task / (plan.splits * plan.blocks * plan.heads);
-    const int64_t head = task / (plan.splits * plan.blocks) % plan.heads;
+    const int64_t b = task / (plan.splits * plan.blocks * in.Hk);
+    const int64_t key_head = task / (plan.splits * plan.blocks) % in.Hk;
     const Sequence seq = sequence(in, b);
-    const int64_t first = plan.direct ? 0 : mixed(block) * kBlockRows;
-    int64_t count = plan.direct ? plan.group * seq.queries : seq.queries - first;
-    if (count > kBlockRows) count = kBlockRows;
+    const int64_t first = mixed(block) * kBlockRows, left = plan.group * seq.queries - first;
+    const int64_t count = left < kBlockRows ? left : kBlockRows;
     if (count <= 0) return;
-    const TaskRows rows{plan.direct ? head * plan.group : head, first, seq.queries};
+    const TaskRows rows{key_head * plan.group, first, seq.queries};
     start(b, seq, rows, count, split == 0);
-    const int64_t key_head = plan.direct ? head : head / plan.group;
     const HeadRows<T> keys = key_rows<T>(in, in.k, in.k_strides, b, key_head, seq);
     const HeadRows<T> values = key_rows<T>(in, in.v, in.v_strides, b, key_head, seq);
     int64_t low = seq.keys, high = 0;
@@ -156,8 +154,8 @@ class FwdTask {
       high = row.high > high ? row.high : high;
     }
     if (plan.splits > 1) {
-      low = low < split * kDirectSplit ? split * kDirectSplit : low;
-      high = high > (split + 1) * kDirectSplit ? (split + 1) * kDirectSplit : high;
+      low = low < split * kSplitKeys ? split * kSplitKeys : low;
+      high = high > (split + 1) * kSplitKeys ? (split + 1) * kSplitKeys : high;
     }
     if (!plan.direct && b * in.Hk + key_head != packed_head) {
       packed_head = b * in.Hk + key_head;
@@ -349,13 +347,13 @@ void merge_rows(const AttentionFwdParams& p, int64_t begin, int64_t end, const f
 AttentionFwdWork attention_fwd_work(const AttentionFwdParams& p) {
   const FwdPlan plan(p.in);
   AttentionFwdWork work{};
-  work.tasks = p.in.B * plan.heads * plan.blocks * plan.splits;
+  work.tasks = p.in.B * p.in.Hk * plan.blocks * plan.splits;
   with_narrow_type(p.in.dtype, [&](auto t) { work.scratch_bytes = FwdMemory<decltype(t)>(p.in, plan, nullptr).bytes; });
   if (plan.splits > 1) {
     work.partial_floats = work.tasks * plan.rows * (kStats + p.in.Dv);
     work.merge_rows = p.in.B * p.in.H * p.in.S;
   }
-  work.task_flops = 2 * plan.rows * (plan.splits > 1 ? kDirectSplit : p.in.T) * (p.in.D + p.in.Dv);
+  work.task_flops = 2 * plan.rows * (plan.splits > 1 ? kSplitKeys : p.in.T) * (p.in.D + p.in.Dv);
   return work;
 }
 
