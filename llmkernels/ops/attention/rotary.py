@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmkernels._dtypes import FLOAT_DTYPES, dtype_names
+from llmkernels._dtypes import FLOAT_DTYPES, dtype_error
 from llmkernels.ops.attention import arguments
 from llmkernels.ops.rope.reference import rotate
 
@@ -36,7 +36,7 @@ def check(op: str, rotary, query: Tensor, k: Tensor | None, turned: int, lengths
     for name, tensor in (("cos", cos), ("sin", sin)):
         arguments.check_tensor(op, name, tensor, query, None)
         if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected one of {dtype_names()}")
+            raise dtype_error(op, name, tensor.dtype)
     if cos.dim() != 2 or 2 * cos.shape[1] > query.shape[3]:
         raise ValueError(
             f"{op}: cos has shape {tuple(cos.shape)}, expected (positions, pairs) and no more than"
