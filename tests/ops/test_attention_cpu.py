@@ -9,7 +9,7 @@ from llmkernels import _native, functional
 from llmkernels.ops.attention import cases, reference
 from llmkernels.ops.attention.cases import AttentionCase
 from llmkernels.testing.battery import evaluate
-from tests.test_reliability import script
+from tests.support import assert_same_with_any_threads, run_python, with_threads
 
 pytestmark = pytest.mark.skipif(_native.why_absent("cpu") is not None, reason=f"cpu: {_native.why_absent('cpu')}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,17 +94,6 @@ def test_paged_is_bitwise_the_same():
         assert all(torch.equal(a, b) for a, b in zip(whole, paged, strict=True))
 
 
-def at_threads(counts, function):
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in counts:
-            torch.set_num_threads(count)
-            results.append(function())
-    finally:
-        torch.set_num_threads(threads)
-    return results
-
-
 THREADED = [
     AttentionCase(OP, B=1, H=2, Hk=1, S=250, T=300, D=40, dtype=dtype, causal="bottom_right", dropout=0.2, **mask)
     for dtype in (torch.float32, torch.bfloat16)
@@ -123,15 +112,13 @@ THREADED = [
 def test_bitwise_equal_for_any_thread_count(case):
     """More threads than heads make the backward take seven products instead of five."""
     inputs = cases.make_inputs(case)
-    first, *others = at_threads((1, 2, 3, 8), lambda: evaluate(cases, case, inputs, "cpu"))
-    for other in others:
-        assert all(torch.equal(first[name], other[name]) for name in first)
+    assert_same_with_any_threads(lambda: evaluate(cases, case, inputs, "cpu"))
 
 
 def test_cache_is_bitwise_equal_for_any_thread_count():
     for options in CACHES.values():
         arguments = cache_inputs(torch.bfloat16, **options)
-        first, *others = at_threads((1, 2, 3, 8), lambda arguments=arguments: kvcache(*arguments))
+        first, *others = with_threads(lambda arguments=arguments: kvcache(*arguments))
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
@@ -206,7 +193,7 @@ def test_blocks_that_a_boolean_mask_hides_are_not_touched(dtype):
 
 def test_memory_grows_with_the_length():
     """Peak memory of a process: scores of 6000 x 6000 in fp32 would be 144 MB for each head."""
-    out = script(
+    out = run_python(
         """
         import resource, torch
         from llmkernels import functional
