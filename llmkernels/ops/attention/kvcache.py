@@ -173,7 +173,7 @@ def attention_kvcache(
     if block_table is not None and not isinstance(start, Tensor):
         start = torch.full((query.shape[0],), start, dtype=torch.int32, device=query.device)
     if rotary is not None:
-        query, k = rotary_embedding.turn(query, k, rotary, start, turned, checked=lengths is not None)
+        query, k = rotary_embedding.turn(query, k, rotary, start, turned, backend)
     if appended:
         places = _places(k_cache, start, appended, block_table)
         k_cache[places] = k
