@@ -175,7 +175,8 @@ def attention_kvcache(
     if rotary is not None:
         query, k = rotary_embedding.turn(query, k, rotary, start, turned, backend)
     if appended:
-        places = _places(k_cache, start, appended, block_table)
+        aligned = block_table is None and lengths is not None and len(set(lengths)) == 1  # a slice, then
+        places = _places(k_cache, lengths[0] if aligned else start, appended, block_table)
         k_cache[places] = k
         v_cache[places] = v
     length, seqlens = start + (appended or 0), None
