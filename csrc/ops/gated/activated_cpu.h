@@ -2,6 +2,7 @@
 // the anonymous namespace of the instruction set. The maths is in gated.h.
 #pragma once
 
+#include "common/cpu/map.h"
 #include "common/cpu/math.h"
 #include "ops/gated/gated.h"
 
@@ -59,19 +60,6 @@ inline Pulled<Acc> pulled_back(Vec<Acc> g, Vec<Acc> d) {
     return {g * s, d * (s * (Acc{1} + g * (Acc{1} - s) * slope))};
   } else {
     return {activated<T, kActivation>(g), g <= Acc{0} ? Vec<Acc>{} : d};
-  }
-}
-
-// Calls f(row, first column, end) for the parts of rows that make up the elements [begin, end).
-template <class F>
-inline void for_each_part(int64_t cols, int64_t begin, int64_t end, F&& f) {
-  int64_t row = begin / cols, column = begin % cols;
-  while (begin < end) {
-    const int64_t stop = cols - column < end - begin ? cols : column + (end - begin);
-    f(row, column, stop);
-    begin += stop - column;
-    column = 0;
-    ++row;
   }
 }
 
