@@ -10,6 +10,11 @@ def dtype_names() -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
 
 
+def dtype_error(op: str, name: str, dtype: torch.dtype) -> TypeError:
+    """The error of an argument `name` that is not of one of FLOAT_DTYPES."""
+    return TypeError(f"{op}: {name} has dtype {dtype}, expected one of {dtype_names()}")
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of statistics, sums and intermediate values: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

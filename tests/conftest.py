@@ -5,7 +5,9 @@ import itertools
 import os
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +123,32 @@ def isa(request) -> str:
     module.force_isa(request.param)
     yield request.param
     module.force_isa(before)
+
+
+@dataclass(frozen=True)
+class RawOps:
+    """The ops of one namespace, with torch's own check of an op: schema, fake, registrations, traced by a compiler."""
+
+    ops: Any
+    backend: str  # that the ops are of, or "torch"
+    device: str
+    checks: tuple[str, ...]
+
+    def check(self, op, arguments) -> None:
+        torch.library.opcheck(op, arguments, test_utils=self.checks)
+
+
+@pytest.fixture(params=("cpu", "triton", "cuda", "cuda-sim-sm80", "portable"))
+def raw(request) -> RawOps:
+    """The kernels of each backend as ops, and the ops that pick one."""
+    portable = request.param == "portable"
+    backend = "torch" if portable else request.param
+    if reason := absent(backend):
+        pytest.skip(f"{backend}: {reason}")
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    interpreted = backend == "triton" and device_of(backend) == "cpu"  # cannot be traced
+    namespace = "llmkernels" if portable else f"llmkernels_{backend.replace('-', '_')}"
+    return RawOps(getattr(torch.ops, namespace), backend, device_of(backend), checks[: 3 if interpreted else 4])
 
 
 @pytest.fixture

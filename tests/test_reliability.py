@@ -2,11 +2,7 @@
 
 import concurrent.futures
 import gc
-import os
 import resource
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -18,23 +14,14 @@ from llmkernels.ops.norm import cases
 from llmkernels.ops.rope import cases as rope
 from llmkernels.ops.softmax import cases as softmax
 from llmkernels.testing.battery import evaluate
+from tests.support import assert_same_with_any_threads, run_python
 
 cpu = pytest.mark.skipif(_native.why_absent("cpu") is not None, reason=f"cpu: {_native.why_absent('cpu')}")
 
 
-def script(code: str, **environment: str) -> str:
-    """Run Python code in a process of its own; its standard output."""
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout
-
-
 def test_every_instruction_set(isa):
     """Resolved once in a process, so each gets its own."""
-    out = script(
+    out = run_python(
         """
         import warnings; warnings.simplefilter("ignore")
         from llmkernels import NoBackendError, _native, ops
@@ -55,7 +42,7 @@ def test_every_instruction_set(isa):
 
 @cpu
 def test_unknown_instruction_set_is_a_clear_error():
-    out = script(
+    out = run_python(
         """
         import torch, llmkernels
         try:
@@ -95,15 +82,7 @@ THREADED = [
 )
 def test_bitwise_equal_for_any_thread_count(cases, case):
     inputs = cases.make_inputs(case)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            results.append(evaluate(cases, case, inputs, "cpu"))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(results[0][name], other[name]) for name in other)
+    assert_same_with_any_threads(lambda: evaluate(cases, case, inputs, "cpu"))
 
 
 def test_called_from_eight_threads_at_once():
@@ -127,7 +106,7 @@ def test_use_backend_is_of_its_own_thread():
 @cpu
 def test_more_than_one_thread_works():
     """at::parallel_for is silently serial in a module compiled without OpenMP."""
-    out = script(
+    out = run_python(
         """
         import time, torch, llmkernels.functional as F
         torch.set_num_threads(2)
@@ -144,7 +123,7 @@ def test_more_than_one_thread_works():
 
 
 def test_works_in_a_forked_child():
-    out = script(
+    out = run_python(
         """
         import os, torch, llmkernels.functional as F
         torch.set_num_threads(1)

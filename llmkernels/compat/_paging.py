@@ -91,5 +91,5 @@ def shifted(op, q, k, k_cache, v_cache, turning, cache_seqlens, cache_batch_idx,
     if turning is not None:
         turned = q.shape[1] if options["causal"] or options["window"] != (-1, -1) else 1
         rotary.check(op, turning, q, k, turned, lengths)
-        q, k = rotary.turn(q, k, turning, cache_seqlens, turned, checked=lengths is not None)
+        q, k = rotary.turn(q, k, turning, cache_seqlens, turned)
     return q, k, *paged, cache_seqlens - cache_leftpad, block_table

@@ -1,10 +1,5 @@
 """What the tests of attention on every backend share: calls that may be refused, and arriving gradients."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 
@@ -61,18 +56,3 @@ def varlen(backend, q, k, v, lengths_q, lengths_k, **options):
     ends = [torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(q.device) for lengths in (lengths_q, lengths_k)]
     longest = max(lengths_q), max(lengths_k)
     return run(functional.attention_varlen, q, k, v, *ends, *longest, return_lse=True, backend=backend, **options)
-
-
-def run_python(code, folder=None, **environment):
-    """Python code in a process of its own; what it prints."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout

@@ -1,8 +1,5 @@
 """What is particular to gelu and silu with a bias; test_battery.py has the rest, test_gated.py their accuracy."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as torch_functional
@@ -13,6 +10,7 @@ from llmkernels.ops.activation import cases, reference
 from llmkernels.ops.activation.cases import ActivationCase
 from llmkernels.testing.battery import failures, judge, judge_results
 from llmkernels.testing.inputs import outputs_and_gradients, short_name
+from tests.support import check_exported
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -126,28 +124,17 @@ def test_dtypes_promote_as_torchs_sum_does(activation, dtype, bias_dtype):
         assert grad.dtype == leaf.dtype
 
 
-@pytest.mark.parametrize("name", ("cpu", "triton", "cuda", "cuda-sim-sm80", "portable"))
-def test_raw_ops_pass_opcheck(name):
-    from tests.conftest import absent, device_of
-
-    backend = "cpu" if name == "portable" else name
-    if absent(backend):
-        pytest.skip(f"{backend}: {absent(backend)}")
-    namespace = getattr(torch.ops, "llmkernels" if name == "portable" else f"llmkernels_{name.replace('-', '_')}")
-    device = device_of(backend)
+def test_raw_ops_pass_opcheck(raw):
     input, dy, bias = (
-        torch.randn(5, 24, device=device),
-        torch.randn(5, 24, device=device),
-        torch.randn(24, device=device),
+        torch.randn(5, 24, device=raw.device),
+        torch.randn(5, 24, device=raw.device),
+        torch.randn(24, device=raw.device),
     )
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    if backend == "triton" and device == "cpu":
-        tests = tests[:3]
     for given in (bias, None):
-        torch.library.opcheck(namespace.activation_fwd.default, (input, given, "silu"), test_utils=tests)
+        raw.check(raw.ops.activation_fwd.default, (input, given, "silu"))
         for wanted in ([True, True], [False, True], [True, False]):
             arguments = (dy, input, given, "gelu", wanted)
-            torch.library.opcheck(namespace.activation_bwd.default, arguments, test_utils=tests)
+            raw.check(raw.ops.activation_bwd.default, arguments)
 
 
 def test_public_op_and_export(tmp_path):
@@ -157,16 +144,7 @@ def test_public_op_and_export(tmp_path):
 
     arguments = (torch.randn(3, 16), torch.randn(16))
     program = torch.export.export(Module(), arguments, dynamic_shapes=({0: torch.export.Dim("rows")}, {}))
-    torch.export.save(program, tmp_path / "module.pt2")
-    torch.save((arguments, Module()(*arguments)), tmp_path / "pair.pt")
-    code = (
-        "import torch, llmkernels\n"
-        f"program = torch.export.load({str(tmp_path / 'module.pt2')!r})\n"
-        f"arguments, expected = torch.load({str(tmp_path / 'pair.pt')!r})\n"
-        "torch.testing.assert_close(program.module()(*arguments), expected)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    check_exported(program, "activation_fwd", arguments, Module()(*arguments), tmp_path)
     public = torch.ops.llmkernels
     torch.testing.assert_close(public.gelu(*arguments, approximate="tanh"), call("gelu_tanh", *arguments))
     torch.testing.assert_close(public.silu(arguments[0]), call("silu", arguments[0]))

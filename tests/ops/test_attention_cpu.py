@@ -9,7 +9,7 @@ from llmkernels import _native, functional
 from llmkernels.ops.attention import cases, reference
 from llmkernels.ops.attention.cases import AttentionCase
 from llmkernels.testing.battery import evaluate
-from tests.test_reliability import script
+from tests.support import assert_same_with_any_threads, run_python, with_threads
 
 pytestmark = pytest.mark.skipif(_native.why_absent("cpu") is not None, reason=f"cpu: {_native.why_absent('cpu')}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,17 +84,6 @@ def test_paged_is_bitwise_the_same():
         assert all(torch.equal(a, b) for a, b in zip(whole, paged, strict=True))
 
 
-def at_threads(counts, function):
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in counts:
-            torch.set_num_threads(count)
-            results.append(function())
-    finally:
-        torch.set_num_threads(threads)
-    return results
-
-
 THREADED = [
     AttentionCase(OP, B=1, H=2, Hk=1, S=250, T=300, D=40, dtype=dtype, causal="bottom_right", dropout=0.2, **mask)
     for dtype in (torch.float32, torch.bfloat16)
@@ -113,15 +102,13 @@ THREADED = [
 def test_bitwise_equal_for_any_thread_count(case):
     """More threads than heads make the backward take seven products instead of five."""
     inputs = cases.make_inputs(case)
-    first, *others = at_threads((1, 2, 3, 8), lambda: evaluate(cases, case, inputs, "cpu"))
-    for other in others:
-        assert all(torch.equal(first[name], other[name]) for name in first)
+    assert_same_with_any_threads(lambda: evaluate(cases, case, inputs, "cpu"))
 
 
 def test_cache_is_bitwise_equal_for_any_thread_count():
     for options in CACHES.values():
         arguments = cache_inputs(torch.bfloat16, **options)
-        first, *others = at_threads((1, 2, 3, 8), lambda arguments=arguments: kvcache(*arguments))
+        first, *others = with_threads(lambda arguments=arguments: kvcache(*arguments))
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
@@ -163,8 +150,14 @@ def test_values_that_would_read_elsewhere_are_errors():
         )
 
 
-def test_keys_that_a_query_does_not_see_may_be_nan():
-    """Those of blocks outside the window are not touched, those that a boolean mask leaves out have no weight."""
+def gradients(q, k, v, mask, dout):
+    """The output, and the gradients of q, k and v."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = functional.scaled_dot_product_attention(*leaves, mask, backend="cpu")
+    return out, *torch.autograd.grad(out, leaves, dout)
+
+
+def test_keys_outside_a_window_are_not_touched():
     q, k, v = (torch.randn(1, 1, 300, 64) for _ in range(3))
     expected = functional.scaled_dot_product_attention(q, k, v, window=(30, 0), causal="bottom_right", backend="cpu")
     k[:, :, 260:] = torch.nan
@@ -174,9 +167,23 @@ def test_keys_that_a_query_does_not_see_may_be_nan():
     assert actual[:, :, 260:].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_that_a_boolean_mask_hides_are_not_touched(dtype):
+    """Their keys and values may be NaN, whether they are packed (many queries) or read where they are."""
+    for S in (300, 2):
+        q, k, v, dout = (torch.randn(1, 1, rows, 64, dtype=dtype) for rows in (S, 400, 400, S))
+        mask = torch.zeros(S, 400, dtype=torch.bool)
+        mask[:, 128:256] = torch.rand(S, 128) < 0.8
+        run = lambda: gradients(q, k, v, mask, dout)  # noqa: B023
+        expected = run()
+        for x in (k, v):
+            x[:, :, :128], x[:, :, 256:] = torch.nan, torch.nan
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(), expected, strict=True))
+
+
 def test_memory_grows_with_the_length():
     """Peak memory of a process: scores of 6000 x 6000 in fp32 would be 144 MB for each head."""
-    out = script(
+    out = run_python(
         """
         import resource, torch
         from llmkernels import functional

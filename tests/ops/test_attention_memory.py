@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 import llmkernels
 from llmkernels import functional
 from llmkernels.ops.attention import reference
-from tests.ops.attention_support import run_python
+from tests.support import run_python
 
 
 class Largest(TorchDispatchMode):

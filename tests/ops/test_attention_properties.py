@@ -18,6 +18,7 @@ from tests.ops.attention_support import (
     sdpa,
     varlen,
 )
+from tests.support import assert_same_with_any_threads
 
 
 @pytest.fixture
@@ -349,12 +350,4 @@ def test_bitwise_equal_for_any_thread_count(B, H, S, T, dtype):
         pytest.skip(f"cpu: {llmkernels.backends()['cpu']}")
     case = cases.AttentionCase(SDPA, B, H, S, T, 32, dtype, Hk=1, causal="bottom_right", sinks=True, dropout=0.1)
     inputs = cases.make_inputs(case)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            results.append(evaluate(cases, case, inputs, "cpu"))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(results[0][name], other[name]) for name in other)
+    assert_same_with_any_threads(lambda: evaluate(cases, case, inputs, "cpu"))

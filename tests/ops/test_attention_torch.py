@@ -14,8 +14,8 @@ import llmkernels
 from llmkernels import functional
 from llmkernels.ops.attention import cases
 from llmkernels.testing.inputs import short_name
-from tests.conftest import absent, device_of
-from tests.ops.attention_support import SDPA, VARLEN, run_python
+from tests.ops.attention_support import SDPA, VARLEN
+from tests.support import check_exported
 
 
 def ours(*arguments, **options):
@@ -309,16 +309,10 @@ def test_export_is_portable(tmp_path):
         assert "llmkernels.attention_fwd.default" in names and not any("llmkernels_" in name for name in names)
     with llmkernels.use_backend("torch"):
         torch.testing.assert_close(packed.module()(q[:1], k[:1], v[:1], ends), Attends()(q[:1], k[:1], v[:1], ends))
-    torch.export.save(program, tmp_path / "attention.pt2")
     longer = [torch.cat((x, x), 2) for x in (k, v)]
     with llmkernels.use_backend("torch"):
-        torch.save((q, *longer, Attends()(q, *longer)), tmp_path / "tensors.pt")
-    code = (
-        "import llmkernels._native as native; native.why_absent = lambda name: 'absent for this test'\n"
-        "import llmkernels, torch; *tensors, out = torch.load('tensors.pt')\n"
-        "torch.testing.assert_close(torch.export.load('attention.pt2').module()(*tensors), out)\n"
-    )
-    run_python(code, tmp_path)
+        expected = Attends()(q, *longer)
+    check_exported(program, "attention_fwd", (q, *longer), expected, tmp_path)
 
 
 @pytest.mark.parametrize("op", cases.OPS)
@@ -355,25 +349,15 @@ def raw_arguments(op, device):
     return (dout, dlse), tensors, (6, 9), (0.3, -1, 0, False, 2.0, 0.25)
 
 
-@pytest.mark.parametrize("name", ("cpu", "triton", "cuda", "cuda-sim-sm80", "portable"))
 @pytest.mark.parametrize("op", cases.OPS)
-def test_raw_ops_pass_opcheck(op, name):
-    backend = "torch" if name == "portable" else name
-    reason = absent(backend)
-    if reason:
-        pytest.skip(f"{backend}: {reason}")
-    namespace = getattr(torch.ops, "llmkernels" if name == "portable" else f"llmkernels_{name.replace('-', '_')}")
-    device = device_of(backend)
-    grads, tensors, (longest_q, longest_k), options = raw_arguments(op, device)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    if name == "triton" and device == "cpu":
-        tests = tests[:3]
-    with llmkernels.use_backend("torch") if name == "portable" else llmkernels.use_backend(backend):
-        torch.library.opcheck(namespace.attention_fwd.default, (*tensors, longest_q, *options), test_utils=tests)
-        results = namespace.attention_fwd(*tensors, longest_q, *options)
+def test_raw_ops_pass_opcheck(op, raw):
+    grads, tensors, (longest_q, longest_k), options = raw_arguments(op, raw.device)
+    with llmkernels.use_backend(raw.backend):
+        raw.check(raw.ops.attention_fwd.default, (*tensors, longest_q, *options))
+        results = raw.ops.attention_fwd(*tensors, longest_q, *options)
         for wanted in ([True] * 5, [True, False, False, False, False], [False, True, True, False, False]):
             wanted = [
                 want and tensor is not None for want, tensor in zip(wanted, (*tensors[:4], tensors[5]), strict=True)
             ]
             arguments = (*grads, *tensors, longest_q, longest_k, *results, *options, wanted)
-            torch.library.opcheck(namespace.attention_bwd.default, arguments, test_utils=tests)
+            raw.check(raw.ops.attention_bwd.default, arguments)

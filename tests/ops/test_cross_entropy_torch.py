@@ -1,9 +1,5 @@
 """Cross entropy as part of torch: ops, transforms, export, autocast, errors, modules, memory."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as torch_functional
@@ -14,6 +10,7 @@ from llmkernels.ops.cross_entropy import cases
 from llmkernels.ops.cross_entropy.cases import CrossEntropyCase
 from llmkernels.testing.battery import evaluate
 from llmkernels.testing.inputs import short_name
+from tests.support import assert_same_with_any_threads, check_exported
 
 cpu = pytest.mark.skipif(llmkernels.backends()["cpu"] is not None, reason=f"cpu: {llmkernels.backends()['cpu']}")
 
@@ -97,27 +94,16 @@ def test_public_ops_are_differentiable_and_checked(layer):
     torch.library.opcheck(public.linear_cross_entropy.default, (input, weight, index), test_utils=tests)
 
 
-@pytest.mark.parametrize("name", ("cpu", "triton", "cuda", "cuda-sim-sm80", "portable"))
-def test_raw_ops_pass_opcheck(name):
-    from tests.conftest import absent, device_of
-
-    backend = "cpu" if name == "portable" else name
-    if absent(backend):
-        pytest.skip(f"{backend}: {absent(backend)}")
-    namespace = getattr(torch.ops, "llmkernels" if name == "portable" else f"llmkernels_{name.replace('-', '_')}")
-    device = device_of(backend)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    if backend == "triton" and device == "cpu":
-        tests = tests[:3]
+def test_raw_ops_pass_opcheck(raw):
     for target, smoothing, weight in (("index", 0.0, False), ("probabilities", 0.1, True)):
         case = CrossEntropyCase("cross_entropy", (5, 24), target=target, weight=weight)
-        inputs = cases.make_inputs(case, device)
-        dloss, settings = torch.rand(5, device=device), (-100, smoothing, 0.1, 0.0)
+        inputs = cases.make_inputs(case, raw.device)
+        dloss, settings = torch.rand(5, device=raw.device), (-100, smoothing, 0.1, 0.0)
         given = (inputs.input, inputs.target, inputs.weight)
         for arriving in (None, dloss):
-            torch.library.opcheck(namespace.cross_entropy_fwd.default, (*given, arriving, *settings), test_utils=tests)
-        stats = namespace.cross_entropy_fwd(*given, None, *settings)[1]
-        torch.library.opcheck(namespace.cross_entropy_bwd.default, (dloss, *given, stats, *settings), test_utils=tests)
+            raw.check(raw.ops.cross_entropy_fwd.default, (*given, arriving, *settings))
+        stats = raw.ops.cross_entropy_fwd(*given, None, *settings)[1]
+        raw.check(raw.ops.cross_entropy_bwd.default, (dloss, *given, stats, *settings))
 
 
 def test_export_is_portable(tmp_path):
@@ -135,20 +121,10 @@ def test_export_is_portable(tmp_path):
     arguments = (torch.randn(7, 24), torch.randint(24, (7,)), torch.randn(7, 16))
     rows = torch.export.Dim("rows", min=2)
     program = torch.export.export(module, arguments, dynamic_shapes=({0: rows},) * 3)
-    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert "llmkernels.cross_entropy_fwd.default" in names and not any("llmkernels_" in name for name in names)
-    torch.export.save(program, tmp_path / "loss.pt2")
     longer = (torch.randn(9, 24), torch.randint(24, (9,)), torch.randn(9, 16))
-    torch.save((longer, [loss.detach() for loss in module(*longer)]), tmp_path / "pair.pt")
-    code = (
-        "import torch, llmkernels\n"
-        f"program = torch.export.load({str(tmp_path / 'loss.pt2')!r})\n"
-        f"arguments, expected = torch.load({str(tmp_path / 'pair.pt')!r})\n"
-        "torch.testing.assert_close(program.module()(*arguments), tuple(expected))"
-    )
-    environment = {**os.environ, "LLMKERNELS_BACKEND": "torch"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-2000:]
+    with torch.no_grad():
+        expected = module(*longer)
+    check_exported(program, "cross_entropy_fwd", longer, expected, tmp_path)
 
 
 def test_autocast_gives_the_dtypes_of_torch(layer):
@@ -281,15 +257,8 @@ def test_targets_of_every_integer_type_and_strange_layouts():
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=short_name)
 def test_bitwise_equal_for_any_thread_count(dtype):
     case = CrossEntropyCase("cross_entropy", (517, 200), dtype, label_smoothing=0.1, reduction="none")
-    inputs, threads, results = cases.make_inputs(case), torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            results.append(evaluate(cases, case, inputs, "cpu"))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(results[0][name], other[name]) for name in other)
+    inputs = cases.make_inputs(case)
+    assert_same_with_any_threads(lambda: evaluate(cases, case, inputs, "cpu"))
 
 
 @cpu

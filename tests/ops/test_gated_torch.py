@@ -1,8 +1,5 @@
 """The gated family as part of torch: ops, export, promotion, packed and strange tensors, errors, the module."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,6 +8,7 @@ from llmkernels import functional, nn
 from llmkernels.ops.gated import cases
 from llmkernels.testing.inputs import short_name
 from tests.ops.test_gated import ACTIVATIONS, call, every_activation, formula
+from tests.support import check_exported
 
 
 @every_activation
@@ -84,44 +82,22 @@ def test_public_op_is_differentiable_and_checked(op):
     assert torch.ops.llmkernels.geglu(gate, up, approximate="tanh").shape == gate.shape
 
 
-@pytest.mark.parametrize("name", ("cpu", "triton", "cuda", "cuda-sim-sm80", "portable"))
-def test_raw_ops_pass_opcheck(name):
-    from tests.conftest import absent, device_of
-
-    backend = "cpu" if name == "portable" else name
-    if absent(backend):
-        pytest.skip(f"{backend}: {absent(backend)}")
-    namespace = getattr(torch.ops, "llmkernels" if name == "portable" else f"llmkernels_{name.replace('-', '_')}")
-    device = device_of(backend)
-    gate, up, packed, dy = (torch.randn(5, cols, device=device) for cols in (24, 24, 48, 24))
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    if backend == "triton" and device == "cpu":
-        tests = tests[:3]
+def test_raw_ops_pass_opcheck(raw):
+    gate, up, packed, dy = (torch.randn(5, cols, device=raw.device) for cols in (24, 24, 48, 24))
     for activation in ACTIVATIONS:
         for given in ((gate, up), (packed, None)):
-            torch.library.opcheck(namespace.gated_fwd.default, (*given, activation), test_utils=tests)
+            raw.check(raw.ops.gated_fwd.default, (*given, activation))
     for wanted in ([True, True], [False, True], [True, False]):
         for given in ((gate, up), (packed, None)):
-            torch.library.opcheck(namespace.gated_bwd.default, (dy, *given, "silu", wanted), test_utils=tests)
+            raw.check(raw.ops.gated_bwd.default, (dy, *given, "silu", wanted))
 
 
 def test_export_is_portable(tmp_path):
     """Exported here, it runs where nothing is compiled, on the torch backend."""
     module, x = nn.SwiGLU(16, 24, activation="gelu"), torch.randn(3, 16)
     program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
-    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert "llmkernels.gated_fwd.default" in names and not any("llmkernels_" in name for name in names)
-    torch.export.save(program, tmp_path / "mlp.pt2")
-    torch.save((x, module(x).detach()), tmp_path / "pair.pt")
-    code = (
-        "import llmkernels._native as native; native.why_absent = lambda name: 'absent for this test'\n"
-        "import llmkernels, torch; x, y = torch.load('pair.pt')\n"
-        "assert llmkernels.explain('geglu', x, x).chosen == 'torch'\n"
-        "torch.testing.assert_close(torch.export.load('mlp.pt2').module()(torch.cat([x, x])), torch.cat([y, y]))\n"
-    )
-    environment = {**__import__("os").environ, "TRITON_INTERPRET": "0"}
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-2000:]
+    rows = torch.cat([x, x])
+    check_exported(program, "gated_fwd", (rows,), module(rows).detach(), tmp_path)
 
 
 @every_activation

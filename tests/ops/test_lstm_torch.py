@@ -12,6 +12,7 @@ from torch.nn.utils import rnn
 import llmkernels
 from llmkernels import _native, functional, nn
 from llmkernels.ops.lstm import cases, reference
+from tests.support import check_exported
 
 warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
 
@@ -104,18 +105,9 @@ def test_export_is_portable(tmp_path, with_lengths):
     lstm = module().eval()
     arguments = (X, None, LENGTHS) if with_lengths else (X,)
     program = torch.export.export(lstm, arguments)
-    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert "llmkernels.lstm_recurrence_fwd.default" in names and not any("llmkernels_" in name for name in names)
-    torch.export.save(program, tmp_path / "lstm.pt2")
-    torch.save((arguments, lstm(*arguments)[0].detach()), tmp_path / "pair.pt")
-    code = (
-        "import llmkernels._native as native; native.why_absent = lambda name: 'absent for this test'\n"
-        "import llmkernels, torch; arguments, y = torch.load('pair.pt')\n"
-        "torch.testing.assert_close(torch.export.load('lstm.pt2').module()(*arguments)[0], y)\n"
-    )
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-2000:]
+    with torch.no_grad():
+        expected = lstm(*arguments)
+    check_exported(program, "lstm_recurrence_fwd", arguments, expected, tmp_path)
 
 
 @pytest.mark.parametrize("name", ("cpu", "torch", "portable"))

@@ -1,8 +1,6 @@
 """rope as part of torch: in place under autograd, transforms, ops, export, other tables, errors, the module."""
 
 import importlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from llmkernels import functional, nn
 from llmkernels.ops.rope import cases
 from llmkernels.ops.rope.cases import RopeCase
 from llmkernels.testing.inputs import short_name
+from tests.support import check_exported
 
 
 def _inputs(device="cpu", **options):
@@ -141,26 +140,15 @@ def test_positions_in_a_compiled_graph(backend, device):
 # Ops.
 
 
-@pytest.mark.parametrize("name", ("cpu", "triton", "cuda", "cuda-sim-sm80", "portable"))
-def test_raw_ops_pass_opcheck(name):
-    from tests.conftest import absent, device_of
-
-    backend = "cpu" if name == "portable" else name
-    if absent(backend):
-        pytest.skip(f"{backend}: {absent(backend)}")
-    namespace = getattr(torch.ops, "llmkernels" if name == "portable" else f"llmkernels_{name.replace('-', '_')}")
-    device = device_of(backend)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    if backend == "triton" and device == "cpu":
-        tests = tests[:3]
+def test_raw_ops_pass_opcheck(raw):
     for positions in ("", "1d"):
-        inputs = _inputs(device, positions=positions)
+        inputs = _inputs(raw.device, positions=positions)
         rest = (inputs.cos, inputs.sin, inputs.positions)
         seq_first = [tensor.transpose(1, 2) for tensor in (inputs.q, inputs.k)]
-        for op in (namespace.rope_fwd.default, namespace.rope_bwd.default, namespace.rope_fwd_.default):
-            torch.library.opcheck(op, (inputs.q, inputs.k, *rest, -2, False), test_utils=tests)
-            torch.library.opcheck(op, (inputs.q, None, *rest, -2, True), test_utils=tests)
-            torch.library.opcheck(op, (*seq_first, *rest, -3, False), test_utils=tests)
+        for op in (raw.ops.rope_fwd.default, raw.ops.rope_bwd.default, raw.ops.rope_fwd_.default):
+            raw.check(op, (inputs.q, inputs.k, *rest, -2, False))
+            raw.check(op, (inputs.q, None, *rest, -2, True))
+            raw.check(op, (*seq_first, *rest, -3, False))
 
 
 def test_public_ops_are_differentiable_and_checked():
@@ -181,19 +169,8 @@ def test_export_is_portable(tmp_path):
     q, k = torch.randn(1, 3, 5, 16), torch.randn(1, 2, 5, 16)
     seq = {2: torch.export.Dim("seq", max=40)}
     program = torch.export.export(module, (q, k), dynamic_shapes=(seq, seq))
-    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert "llmkernels.rope_fwd.default" in names and not any("llmkernels_" in name for name in names)
-    torch.export.save(program, tmp_path / "rope.pt2")
     wide = (torch.randn(1, 3, 9, 16), torch.randn(1, 2, 9, 16))
-    torch.save((wide, module(*wide)), tmp_path / "pair.pt")
-    code = (
-        "import llmkernels._native as native; native.why_absent = lambda name: 'absent for this test'\n"
-        "import llmkernels, torch; x, y = torch.load('pair.pt')\n"
-        "torch.testing.assert_close(torch.export.load('rope.pt2').module()(*x), y)\n"
-    )
-    environment = {**__import__("os").environ, "TRITON_INTERPRET": "0"}
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-2000:]
+    check_exported(program, "rope_fwd", wide, module(*wide), tmp_path)
 
 
 # Tables.

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import llmkernels
 from llmkernels import registry, sdpa_hook
 from llmkernels.sdpa_hook import CPU_OP
-from tests.ops.attention_support import run_python
+from tests.support import run_python
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.nn.attention, "register_flash_attention_impl"), reason="this torch has no such hook"

@@ -49,6 +49,19 @@ inline void store_pair(T* to, Vec<AccOf<T>> a, Vec<AccOf<T>> b) {
   store(to + kLanes<AccOf<T>>, b);
 }
 
+// Calls f(row, first column, end) for the parts of rows that make up the elements [begin, end).
+template <class F>
+inline void for_each_part(int64_t cols, int64_t begin, int64_t end, F&& f) {
+  int64_t row = begin / cols, column = begin % cols;
+  while (begin < end) {
+    const int64_t stop = cols - column < end - begin ? cols : column + (end - begin);
+    f(row, column, stop);
+    begin += stop - column;
+    column = 0;
+    ++row;
+  }
+}
+
 // out[i][j] = y[i] after f(x, y) with x[i] = in[i][j], for j in [begin, end); a null output is left out.
 template <class T, int kIn, int kOut, class F>
 inline void map(int64_t begin, int64_t end, const T* const (&in)[kIn], T* const (&out)[kOut], F&& f) {

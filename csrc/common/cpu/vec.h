@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/dtype.h"
+
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
 #include <immintrin.h>
 #endif
@@ -57,6 +59,18 @@ inline To bit_cast(const From& from) {
 template <class Acc>
 inline Vec<Acc> splat(Acc value) {
   return Vec<Acc>{} + value;
+}
+
+// `value` as it is, rounded. Else the product that made it may be fused with a sum that follows, in one copy of a loop
+// and not in another, and a result would depend on what else is asked for.
+template <class V>
+inline V rounded(V value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+  return value;
 }
 
 // --- 16-bit floats ---
@@ -269,6 +283,30 @@ inline Acc sum_lanes(Vec<Acc> value) {
 template <class Acc>
 inline Acc sum(Vec<Acc> value) {
   return sum_lanes<Acc, kLanes<Acc>>(value);
+}
+
+// --- calls f(T{}) for an element type ---
+
+template <class F>
+inline void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+  }
+}
+
+// For kernels that have no fp64: their callers refuse it, or convert.
+template <class F>
+inline void with_narrow_type(DType dtype, F&& f) {
+  if (dtype == DType::kBFloat16) return f(BFloat16{});
+  if (dtype == DType::kFloat16) return f(Float16{});
+  f(float{});
 }
 
 }  // namespace

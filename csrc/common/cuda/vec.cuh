@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/dtype.h"
+
 namespace llmkernels::cuda {
 
 constexpr int kVectorBytes = 16;  // the widest load of one thread
@@ -46,6 +48,22 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
 template <>
 __device__ inline __half narrow<__half>(float value) {
   return __float2half_rn(value);
+}
+
+// f(T{}) for an element type: how a host chooses among the kernels of each.
+template <class F>
+auto with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kBFloat16:
+      return f(__nv_bfloat16{});
+    case DType::kFloat16:
+      return f(__half{});
+    case DType::kFloat32:
+      break;
+  }
+  return f(float{});
 }
 
 // kSize elements of T; 16 bytes of them are one instruction.

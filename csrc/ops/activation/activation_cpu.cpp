@@ -63,7 +63,7 @@ void bwd_slabs(const ActivationBwdParams& p, int64_t begin, int64_t end) {
       for_each_vector<Acc>(0, p.cols, [&](int64_t j, auto part) {
         Vec<Acc> at = part.load(input + j);
         if (bias != nullptr) at += part.load(bias + j);
-        const Vec<Acc> gradient = pulled_back<T, kActivation>(at, part.load(dy + j)).gradient;
+        const Vec<Acc> gradient = rounded(pulled_back<T, kActivation>(at, part.load(dy + j)).gradient);
         if (dinput != nullptr) part.store(dinput + j, gradient);
         part.store(partial + j, part.load(partial + j) + gradient);
       });

@@ -10,13 +10,6 @@
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
 
-template <class F>
-inline void with_element(DType dtype, F&& f) {
-  if (dtype == DType::kFloat32) return f(float{});
-  if (dtype == DType::kBFloat16) return f(BFloat16{});
-  f(Float16{});
-}
-
 // Where the mask's gradient is as large as the scores it is written as they come. Else it is summed: by a task that has
 // all the heads which share a part of it, or by a step of its own, which makes all scores once more. An element's sum
 // is over batch, heads and rows in this order either way.
@@ -126,7 +119,7 @@ class Backward : BackwardTiles<T> {
       }
       pack_queries(queries, seq, b, head, row_block, false);
       for (int64_t key = 0; key < seq.keys; key += kBwdKeys) {
-        if (!tile_is_seen(queries, key)) continue;
+        if (!tile_is_seen(queries, seq, key)) continue;
         KeyBlock<T>& block = keys[key / kBwdKeys];
         if (!is_packed[key / kBwdKeys]) pack_keys(block, seq, b, key_head, key, true);
         is_packed[key / kBwdKeys] = 1;
@@ -168,7 +161,7 @@ class Backward : BackwardTiles<T> {
           for (int64_t r = one_row ? 0 : block; r < (one_row ? z.row_blocks : block + 1); ++r) {
             pack_queries(queries, seq, b, head, r, false);
             for (int64_t key = 0; key < seq.keys; key += kBwdKeys) {
-              if (!tile_is_seen(queries, key)) continue;
+              if (!tile_is_seen(queries, seq, key)) continue;
               pack_keys(keys, seq, b, head / z.group, key, false);
               make_tile(tile, queries, keys, seq, key);
               add_to(sums, one_row ? 0 : cols, tile.dmask, queries.count, key, one_key);
@@ -208,7 +201,7 @@ class Backward : BackwardTiles<T> {
     for (int64_t i = 0; i < kBwdKeys * z.dv_wide; i += n) store(keys.dv + i, FloatVector{});
     for (int64_t i = 0; i < z.group * z.row_blocks; ++i) {
       QueryBlock<T>& block = queries[i];
-      if (block.count == 0 || !tile_is_seen(block, key)) continue;
+      if (block.count == 0 || !tile_is_seen(block, seq, key)) continue;
       make_tile(tile, block, keys, seq, key);
       write_dmask(tile, block, seq, b, key_head * z.group + i / z.row_blocks, i % z.row_blocks, key);
       add_keys(tile, block, keys, key);
@@ -299,7 +292,7 @@ AttentionBwdWork attention_bwd_work(const AttentionBwdParams& p, int64_t threads
   const int keys = static_cast<int>(AttentionBwdStep::kKeys), queries = static_cast<int>(AttentionBwdStep::kQueries);
   const int mask = static_cast<int>(AttentionBwdStep::kMask);
   const bool whole = p.dmask != nullptr && mask_is_whole(p);
-  with_element(in.dtype, [&](auto t) {
+  with_narrow_type(in.dtype, [&](auto t) {
     using T = decltype(t);
     Backward<T> backward(p, nullptr);
     const BwdSizes<T> z(in);
@@ -343,7 +336,7 @@ AttentionBwdWork attention_bwd_work(const AttentionBwdParams& p, int64_t threads
 
 void attention_bwd(const AttentionBwdParams& p, AttentionBwdStep step, int64_t begin, int64_t end, char* scratch,
                    float* mask_sums) {
-  with_element(p.in.dtype, [&](auto t) {
+  with_narrow_type(p.in.dtype, [&](auto t) {
     const ProductScope<ProductOf<decltype(t)>> scope;
     Backward<decltype(t)> backward(p, mask_sums);
     switch (step) {

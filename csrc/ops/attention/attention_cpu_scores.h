@@ -96,23 +96,6 @@ inline bool is_plain(const AttentionInputs& in) {
   return in.mask == nullptr && in.alibi_slopes == nullptr && in.softcap <= 0.0f && in.scale > 0.0f;
 }
 
-// tanh from exp(2 |x|) - 1 = 2^n (exp(r) - 1) + (2^n - 1), where no digits cancel.
-inline FloatVector tanh(FloatVector x) {
-  using Of = ExpOf<float>;
-  const UInt32Vector sign = bit_cast<UInt32Vector>(x) & 0x80000000u;
-  const FloatVector size = bit_cast<FloatVector>(bit_cast<UInt32Vector>(x) ^ sign);
-  const FloatVector y = clamped<float>(size * 2.0f, 0.0f, 60.0f);
-  const FloatVector shifted = y * 1.4426950408889634f + Of::kShift;
-  const FloatVector n = shifted - Of::kShift;
-  const FloatVector r = (y - n * Of::kLn2High) - n * Of::kLn2Low;
-  const FloatVector r2 = r * r, r4 = r2 * r2, r8 = r4 * r4;
-  const FloatVector fraction = r + r2 * taylor<float, 2, Of::kTerms - 1>(r, r2, r4, r8);
-  const UInt32Vector biased = bit_cast<UInt32Vector>(shifted) - (Of::kShiftBits - Of::kBias);
-  const FloatVector power = bit_cast<FloatVector>(biased << Of::kMantissaBits);
-  const FloatVector grown = power * fraction + (power - 1.0f);
-  return bit_cast<FloatVector>(bit_cast<UInt32Vector>(grown / (grown + 2.0f)) | sign);
-}
-
 typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));  // as many lanes as FloatVector
 
 // A mask's elements at keys j .. j + count of a row: added to a score, -inf for what a boolean one leaves out.
@@ -156,6 +139,49 @@ __attribute__((always_inline)) inline void fetch_masks(const AttentionInputs& in
   }
 }
 
+// Whether a boolean mask shows one of the keys first .. first + lanes to some of the rows. `keys`: how many there are.
+inline bool mask_shows(const AttentionInputs& in, const ScoreRow* rows, int64_t count, int64_t first, int64_t keys) {
+  const int64_t stride = in.mask_strides[3], there = stride == 0 ? 1 : keys - first;
+  Bytes any{};
+  for (int64_t i = 0; i < count; ++i) {
+    const char* from = rows[i].mask + first * stride;
+    Bytes bytes{};
+    if (there >= kLanes<float>) {
+      __builtin_memcpy(&bytes, from, sizeof(bytes));
+    } else {
+      for (int64_t j = 0; j < there; ++j) bytes[j] = static_cast<uint8_t>(from[j]);
+    }
+    any |= bytes;
+  }
+  for (int i = 0; i < kLanes<float>; ++i) {
+    if (any[i] != 0) return true;
+  }
+  return false;
+}
+
+// The keys [c0, c1) of the block of `size` from `key` on that some of `count` rows sees, rounded outwards to vectors;
+// false: none. `keys`: how many the sequence has.
+inline bool seen_keys(const AttentionInputs& in, const ScoreRow* rows, int64_t count, int64_t key, int64_t size,
+                      int64_t keys, int64_t& c0, int64_t& c1) {
+  constexpr int n = kLanes<float>;
+  int64_t low = key + size, high = key;
+  for (int64_t r = 0; r < count; ++r) {
+    if (rows[r].low >= rows[r].high) continue;
+    low = rows[r].low < low ? rows[r].low : low;
+    high = rows[r].high > high ? rows[r].high : high;
+  }
+  low = low < key ? key : low;
+  high = high > key + size ? key + size : high;
+  if (low >= high) return false;
+  c0 = (low - key) / n * n;
+  c1 = round_up(high - key, n);
+  if (in.mask_kind == MaskKind::kBool) {
+    while (c0 < c1 && !mask_shows(in, rows, count, key + c0, keys)) c0 += n;
+    while (c0 < c1 && !mask_shows(in, rows, count, key + c1 - n, keys)) c1 -= n;
+  }
+  return c0 < c1;
+}
+
 template <class M>
 struct Type {
   using type = M;
@@ -173,7 +199,7 @@ inline void add_options(const AttentionInputs& in, const ScoreRow& row, int64_t 
   for (int64_t j = 0; j < count; j += kLanes<float>) {
     FloatVector x = load(s + j) * in.scale;
     if (capped) {
-      const FloatVector t = tanh(x * inverse);
+      const FloatVector t = tanh<float>(x * inverse);
       x = t * in.softcap;
       if (slopes != nullptr) store(slopes + j, 1.0f - t * t);
     }

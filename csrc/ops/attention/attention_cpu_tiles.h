@@ -141,25 +141,9 @@ class BackwardTiles {
     if (summed) pack_summed<C, T>(k_row, count, kBwdKeys, in.D, block.k_summed, z.d_wide);
   }
 
-  // The keys [c0, c1) of a block, rounded outwards to vectors, that some row of a chunk sees; false: none.
-  bool seen(const QueryBlock<T>& block, int64_t first, int64_t count, int64_t key, int64_t& c0, int64_t& c1) const {
-    int64_t low = key + kBwdKeys, high = key;
-    for (int64_t r = first; r < first + count; ++r) {
-      const ScoreRow& row = block.rows[r];
-      if (row.low >= row.high) continue;
-      low = row.low < low ? row.low : low;
-      high = row.high > high ? row.high : high;
-    }
-    low = low < key ? key : low;
-    high = high > key + kBwdKeys ? key + kBwdKeys : high;
-    c0 = (low - key) / n * n;
-    c1 = round_up(high - key, n);
-    return low < high;
-  }
-
-  bool tile_is_seen(const QueryBlock<T>& block, int64_t key) const {
+  bool tile_is_seen(const QueryBlock<T>& block, const Sequence& seq, int64_t key) const {
     int64_t c0, c1;
-    return seen(block, 0, block.count, key, c0, c1);
+    return seen_keys(in, block.rows, block.count, key, kBwdKeys, seq.keys, c0, c1);
   }
 
   int chunk_of(const QueryBlock<T>& block, int64_t r) const {
@@ -172,7 +156,7 @@ class BackwardTiles {
     for (int64_t r = 0; r < block.count; r += kTileRows) {
       const int rows = chunk_of(block, r);
       int64_t c0, c1;
-      const bool any = seen(block, r, rows, key, c0, c1);
+      const bool any = seen_keys(in, block.rows + r, rows, key, kBwdKeys, seq.keys, c0, c1);
       if (!any) c0 = c1 = 0;
       if (any) {
         const int64_t soon = block.count - r - rows < kTileRows ? block.count - r - rows : kTileRows;

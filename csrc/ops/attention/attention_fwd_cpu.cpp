@@ -1,33 +1,33 @@
 // The forward of attention on the CPU, compiled once per instruction set: tiles of scores in the first cache, softmax
 // as they come. The maths is in attention.h.
 //
-// A task is a block of queries of one head, against all keys; keys and values are packed once for all tasks of a key
-// head that the same call works on. With few queries a task is all queries of a key head against a part of the keys,
-// read where they lie.
+// A task is a block of the rows of a key head, which are the queries of all its heads. Its keys are all, or with a
+// single block of rows a part of them, whose results are merged. Keys and values are packed once for all tasks of a key
+// head that a thread works on; where rows are few they are read where they lie.
 #include "ops/attention/attention_cpu.h"
 #include "ops/attention/attention_cpu_direct.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kBlockRows = 96;      // queries of a task: what a packed block of keys is read for
-constexpr int64_t kBlockKeys = 128;     // K and V of it fit the first cache with D = 64
-constexpr int64_t kDirectRows = 16;     // up to this many queries of a key head, keys are not packed
-constexpr int64_t kDirectSplit = 512;   // keys of a task then
-constexpr int kStats = 2;               // row_max and the sum, in front of a split's result
+constexpr int64_t kBlockRows = 96;   // rows of a task: what a packed block of keys is read for
+constexpr int64_t kBlockKeys = 128;  // K and V of it fit the first cache with D = 64
+constexpr int64_t kDirectRows = 32;  // up to this many rows of a key head packing takes longer than it saves (Zen 5)
+constexpr int64_t kSplitKeys = 512;  // keys of a task where they are split
+constexpr int kStats = 2;            // row_max and the sum, in front of a split's result
 
 struct FwdPlan {
   bool direct;
-  int64_t heads, blocks, splits;  // tasks are (b, head, block, split)
-  int64_t group, rows;            // rows: the most a task has
+  int64_t blocks, splits;  // tasks are (b, key head, block, split)
+  int64_t group, rows;     // query heads of a key head; the most rows that a task has
 
   explicit FwdPlan(const AttentionInputs& in) {
     group = in.Hk > 0 ? in.H / in.Hk : 1;
-    direct = group * in.S <= kDirectRows;
-    heads = direct ? in.Hk : in.H;
-    blocks = direct ? 1 : div_up(in.S, kBlockRows);
-    splits = direct && in.T > kDirectSplit ? div_up(in.T, kDirectSplit) : 1;
-    rows = direct ? group * in.S : in.S < kBlockRows ? in.S : kBlockRows;
+    const int64_t all = group * in.S;
+    direct = all <= kDirectRows;
+    rows = all < kBlockRows ? all : kBlockRows;
+    blocks = div_up(all, kBlockRows);
+    splits = blocks == 1 && in.T > kSplitKeys ? div_up(in.T, kSplitKeys) : 1;
   }
 };
 
@@ -142,16 +142,14 @@ class FwdTask {
 
   void run(int64_t task, float* partial) {
     const int64_t split = task % plan.splits, block = task / plan.splits % plan.blocks;
-    const int64_t b = task / (plan.splits * plan.blocks * plan.heads);
-    const int64_t head = task / (plan.splits * plan.blocks) % plan.heads;
+    const int64_t b = task / (plan.splits * plan.blocks * in.Hk);
+    const int64_t key_head = task / (plan.splits * plan.blocks) % in.Hk;
     const Sequence seq = sequence(in, b);
-    const int64_t first = plan.direct ? 0 : mixed(block) * kBlockRows;
-    int64_t count = plan.direct ? plan.group * seq.queries : seq.queries - first;
-    if (count > kBlockRows) count = kBlockRows;
+    const int64_t first = mixed(block) * kBlockRows, left = plan.group * seq.queries - first;
+    const int64_t count = left < kBlockRows ? left : kBlockRows;
     if (count <= 0) return;
-    const TaskRows rows{plan.direct ? head * plan.group : head, first, seq.queries};
+    const TaskRows rows{key_head * plan.group, first, seq.queries};
     start(b, seq, rows, count, split == 0);
-    const int64_t key_head = plan.direct ? head : head / plan.group;
     const HeadRows<T> keys = key_rows<T>(in, in.k, in.k_strides, b, key_head, seq);
     const HeadRows<T> values = key_rows<T>(in, in.v, in.v_strides, b, key_head, seq);
     int64_t low = seq.keys, high = 0;
@@ -162,8 +160,8 @@ class FwdTask {
       high = row.high > high ? row.high : high;
     }
     if (plan.splits > 1) {
-      low = low < split * kDirectSplit ? split * kDirectSplit : low;
-      high = high > (split + 1) * kDirectSplit ? (split + 1) * kDirectSplit : high;
+      low = low < split * kSplitKeys ? split * kSplitKeys : low;
+      high = high > (split + 1) * kSplitKeys ? (split + 1) * kSplitKeys : high;
     }
     if (!plan.direct && b * in.Hk + key_head != packed_head) {
       packed_head = b * in.Hk + key_head;
@@ -171,7 +169,7 @@ class FwdTask {
     }
     for (int64_t key = low / kBlockKeys * kBlockKeys; key < high; key += kBlockKeys) {
       if (plan.direct) {
-        direct_block(keys, values, key, low, high, count);
+        direct_block(keys, values, key, seq.keys, low, high, count);
       } else {
         packed_block(keys, values, key, seq.keys, count);
       }
@@ -205,22 +203,6 @@ class FwdTask {
     for (int r = 0; r < n; ++r) memory.top[count + r] = -kInfinity;
   }
 
-  // The keys [c0, c1) of a block, rounded outwards to kKeyStep, that some of `count` rows sees; false: none.
-  bool seen(int64_t first_row, int count, int64_t key, int64_t& c0, int64_t& c1) const {
-    int64_t low = key + kBlockKeys, high = key;
-    for (int64_t r = first_row; r < first_row + count; ++r) {
-      const ScoreRow& row = memory.rows[r];
-      if (row.low >= row.high) continue;
-      low = row.low < low ? row.low : low;
-      high = row.high > high ? row.high : high;
-    }
-    low = low < key ? key : low;
-    high = high > key + kBlockKeys ? key + kBlockKeys : high;
-    c0 = (low - key) / kKeyStep * kKeyStep;
-    c1 = round_up(high - key, kKeyStep);
-    return low < high;
-  }
-
   // Products in memory.s to weights. `end`: the keys of the sequence.
   template <class P>
   void weigh(int64_t first_row, int count, int64_t key, int64_t c0, int64_t c1, int64_t end, P* weights,
@@ -245,16 +227,17 @@ class FwdTask {
     const int64_t block = key / kBlockKeys, there = end - key < kBlockKeys ? end - key : kBlockKeys;
     Word* k = memory.k + block * memory.key_words;
     Word* v = memory.v + block * memory.value_words;
-    if (!memory.is_packed[block]) {
-      memory.is_packed[block] = 1;
-      pack_transposed<C, T>([&](int64_t i) { return keys(key + i); }, there, in.D, k, kBlockKeys);
-      pack_summed<C, T>([&](int64_t i) { return values(key + i); }, there, kBlockKeys, in.Dv, v, memory.acc_row);
-    }
     float factors[kTileRows > n ? kTileRows : n];
     for (int64_t r = 0; r < count; r += kTileRows) {
       const int rows = static_cast<int>(count - r < kTileRows ? count - r : kTileRows);
       int64_t c0, c1;
-      if (!seen(r, rows, key, c0, c1)) continue;
+      if (!seen_keys(in, memory.rows + r, rows, key, kBlockKeys, end, c0, c1)) continue;
+      c0 = c0 / kKeyStep * kKeyStep, c1 = round_up(c1, kKeyStep);
+      if (!memory.is_packed[block]) {
+        memory.is_packed[block] = 1;
+        pack_transposed<C, T>([&](int64_t i) { return keys(key + i); }, there, in.D, k, kBlockKeys);
+        pack_summed<C, T>([&](int64_t i) { return values(key + i); }, there, kBlockKeys, in.Dv, v, memory.acc_row);
+      }
       const int64_t soon = count - r - rows < kTileRows ? count - r - rows : kTileRows;
       fetch_masks(in, memory.rows + r + rows, soon, key, there);
       product_rows<C>({memory.q + r * memory.q_row, memory.q_row, 1, k + c0, kBlockKeys, words_of<C>(in.D),
@@ -267,13 +250,13 @@ class FwdTask {
   }
 
   // Keys [low, high) of one block; the memory behind `high` may belong to nobody.
-  void direct_block(const HeadRows<T>& keys, const HeadRows<T>& values, int64_t key, int64_t low, int64_t high,
-                    int64_t count) {
+  void direct_block(const HeadRows<T>& keys, const HeadRows<T>& values, int64_t key, int64_t end, int64_t low,
+                    int64_t high, int64_t count) {
     float factors[kLanes<float>];
     for (int64_t r = 0; r < count; r += kDirectTileRows) {
       const int rows = static_cast<int>(count - r < kDirectTileRows ? count - r : kDirectTileRows);
       int64_t c0, c1;
-      if (!seen(r, rows, key, c0, c1)) continue;
+      if (!seen_keys(in, memory.rows + r, rows, key, kBlockKeys, end, c0, c1)) continue;
       const int64_t from = low - key > c0 ? low - key : c0, to = high - key < c1 ? high - key : c1;
       if (from >= to) continue;
       // The first rows fetch for all.
@@ -336,13 +319,6 @@ class FwdTask {
   int64_t packed_head = -1;  // whose keys memory has
 };
 
-template <class F>
-inline void with_element(DType dtype, F&& f) {
-  if (dtype == DType::kFloat32) return f(float{});
-  if (dtype == DType::kBFloat16) return f(BFloat16{});
-  f(Float16{});
-}
-
 template <class T>
 void merge_rows(const AttentionFwdParams& p, int64_t begin, int64_t end, const float* partial) {
   const AttentionInputs& in = p.in;
@@ -379,19 +355,19 @@ void merge_rows(const AttentionFwdParams& p, int64_t begin, int64_t end, const f
 AttentionFwdWork attention_fwd_work(const AttentionFwdParams& p) {
   const FwdPlan plan(p.in);
   AttentionFwdWork work{};
-  work.tasks = p.in.B * plan.heads * plan.blocks * plan.splits;
-  with_element(p.in.dtype, [&](auto t) { work.scratch_bytes = FwdMemory<decltype(t)>(p.in, plan, nullptr).bytes; });
+  work.tasks = p.in.B * p.in.Hk * plan.blocks * plan.splits;
+  with_narrow_type(p.in.dtype, [&](auto t) { work.scratch_bytes = FwdMemory<decltype(t)>(p.in, plan, nullptr).bytes; });
   if (plan.splits > 1) {
     work.partial_floats = work.tasks * plan.rows * (kStats + p.in.Dv);
     work.merge_rows = p.in.B * p.in.H * p.in.S;
   }
-  work.task_flops = 2 * plan.rows * (plan.splits > 1 ? kDirectSplit : p.in.T) * (p.in.D + p.in.Dv);
+  work.task_flops = 2 * plan.rows * (plan.splits > 1 ? kSplitKeys : p.in.T) * (p.in.D + p.in.Dv);
   return work;
 }
 
 void attention_fwd(const AttentionFwdParams& p, int64_t begin, int64_t end, char* scratch, float* partial) {
   const FwdPlan plan(p.in);
-  with_element(p.in.dtype, [&](auto t) {
+  with_narrow_type(p.in.dtype, [&](auto t) {
     using T = decltype(t);
     const ProductScope<ProductOf<T>> scope;
     const FwdMemory<T> memory(p.in, plan, scratch);
@@ -401,7 +377,7 @@ void attention_fwd(const AttentionFwdParams& p, int64_t begin, int64_t end, char
 }
 
 void attention_merge(const AttentionFwdParams& p, int64_t begin, int64_t end, const float* partial) {
-  with_element(p.in.dtype, [&](auto t) { merge_rows<decltype(t)>(p, begin, end, partial); });
+  with_narrow_type(p.in.dtype, [&](auto t) { merge_rows<decltype(t)>(p, begin, end, partial); });
 }
 
 }  // namespace llmkernels::cpu::CPU_CAPABILITY

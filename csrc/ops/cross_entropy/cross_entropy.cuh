@@ -139,17 +139,7 @@ auto choose(const CrossEntropyPlan& plan) {
 
 template <template <class, int, bool> class Kernel>
 auto choose(DType dtype, const CrossEntropyPlan& plan) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return choose<Kernel, double>(plan);
-    case DType::kBFloat16:
-      return choose<Kernel, __nv_bfloat16>(plan);
-    case DType::kFloat16:
-      return choose<Kernel, __half>(plan);
-    case DType::kFloat32:
-      break;
-  }
-  return choose<Kernel, float>(plan);
+  return with_type(dtype, [&](auto t) { return choose<Kernel, decltype(t)>(plan); });
 }
 
 constexpr int cross_entropy_threads(bool block) {

@@ -334,16 +334,7 @@ inline void with_target(const CrossEntropyInputs& p, F&& f) {
 
 template <class F>
 inline void with_types(const CrossEntropyInputs& p, F&& f) {
-  switch (p.dtype) {
-    case DType::kFloat64:
-      return with_target<double>(p, f);
-    case DType::kFloat32:
-      return with_target<float>(p, f);
-    case DType::kBFloat16:
-      return with_target<BFloat16>(p, f);
-    case DType::kFloat16:
-      return with_target<Float16>(p, f);
-  }
+  with_type(p.dtype, [&](auto t) { with_target<decltype(t)>(p, f); });
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // the anonymous namespace of the instruction set. The maths is in gated.h.
 #pragma once
 
+#include "common/cpu/map.h"
 #include "common/cpu/math.h"
 #include "ops/gated/gated.h"
 
@@ -62,19 +63,6 @@ inline Pulled<Acc> pulled_back(Vec<Acc> g, Vec<Acc> d) {
   }
 }
 
-// Calls f(row, first column, end) for the parts of rows that make up the elements [begin, end).
-template <class F>
-inline void for_each_part(int64_t cols, int64_t begin, int64_t end, F&& f) {
-  int64_t row = begin / cols, column = begin % cols;
-  while (begin < end) {
-    const int64_t stop = cols - column < end - begin ? cols : column + (end - begin);
-    f(row, column, stop);
-    begin += stop - column;
-    column = 0;
-    ++row;
-  }
-}
-
 template <Activation kActivation>
 struct Constant {
   static constexpr Activation value = kActivation;
@@ -97,16 +85,7 @@ inline void with_activation(Activation activation, F&& f) {
 
 template <class F>
 inline void with_types(DType dtype, Activation activation, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return with_activation<double>(activation, f);
-    case DType::kFloat32:
-      return with_activation<float>(activation, f);
-    case DType::kBFloat16:
-      return with_activation<BFloat16>(activation, f);
-    case DType::kFloat16:
-      return with_activation<Float16>(activation, f);
-  }
+  with_type(dtype, [&](auto t) { with_activation<decltype(t)>(activation, f); });
 }
 
 }  // namespace

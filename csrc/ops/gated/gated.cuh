@@ -69,17 +69,7 @@ auto choose(Activation activation, bool wide) {
 
 template <template <class, Activation, int> class Kernel>
 auto choose(DType dtype, Activation activation, bool wide) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return choose<Kernel, double>(activation, wide);
-    case DType::kBFloat16:
-      return choose<Kernel, __nv_bfloat16>(activation, wide);
-    case DType::kFloat16:
-      return choose<Kernel, __half>(activation, wide);
-    case DType::kFloat32:
-      break;
-  }
-  return choose<Kernel, float>(activation, wide);
+  return with_type(dtype, [&](auto t) { return choose<Kernel, decltype(t)>(activation, wide); });
 }
 
 }  // namespace llmkernels::cuda

@@ -1,22 +1,10 @@
 // lstm_cell on the CPU, compiled once per instruction set: all of a step but its products.
 #include "ops/lstm/lstm_cpu.h"
+#include "common/cpu/map.h"
 #include "ops/lstm/lstm_step.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
-
-// Calls f(row, first unit, end) for the parts of rows that make up the elements [begin, end).
-template <class F>
-inline void for_each_part(int64_t cols, int64_t begin, int64_t end, F&& f) {
-  int64_t row = begin / cols, column = begin % cols;
-  while (begin < end) {
-    const int64_t stop = cols - column < end - begin ? cols : column + (end - begin);
-    f(row, column, stop);
-    begin += stop - column;
-    column = 0;
-    ++row;
-  }
-}
 
 template <class T>
 void fwd_units(const LSTMCellFwdParams& p, int64_t begin, int64_t end) {

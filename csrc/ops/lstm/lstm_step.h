@@ -53,20 +53,5 @@ inline StepGradient<Acc> step_backward(const Vec<Acc> (&gates)[4], Vec<Acc> c, V
   return s;
 }
 
-// Calls f(T{}) for the element type of a call.
-template <class F>
-inline void with_type(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-    case DType::kFloat16:
-      return f(Float16{});
-  }
-}
-
 }  // namespace
 }  // namespace llmkernels::cpu::CPU_CAPABILITY

@@ -126,21 +126,8 @@ Kernel choose(bool interleaved, bool wide) {
 }  // namespace
 
 const char* rope(const RopeParams& params, const RopePlan& plan, void* stream) {
-  Kernel kernel = nullptr;
-  switch (params.dtype) {
-    case DType::kFloat64:
-      kernel = choose<double>(params.interleaved, plan.wide);
-      break;
-    case DType::kFloat32:
-      kernel = choose<float>(params.interleaved, plan.wide);
-      break;
-    case DType::kBFloat16:
-      kernel = choose<__nv_bfloat16>(params.interleaved, plan.wide);
-      break;
-    case DType::kFloat16:
-      kernel = choose<__half>(params.interleaved, plan.wide);
-      break;
-  }
+  const Kernel kernel =
+      with_type(params.dtype, [&](auto t) { return choose<decltype(t)>(params.interleaved, plan.wide); });
   return launch(kernel, params, plan.launch, stream);
 }
 

@@ -252,16 +252,10 @@ void turn_blocks(const RopeParams& p, bool far, int64_t begin, int64_t end) {
 
 void rope(const RopeParams& p, RopeMemory memory, int64_t begin, int64_t end) {
   const bool far = memory != RopeMemory::kNear, stream = memory == RopeMemory::kFarStream;
-  switch (p.dtype) {
-    case DType::kFloat64:
-      return stream ? turn_blocks<double, true>(p, far, begin, end) : turn_blocks<double, false>(p, far, begin, end);
-    case DType::kFloat32:
-      return stream ? turn_blocks<float, true>(p, far, begin, end) : turn_blocks<float, false>(p, far, begin, end);
-    case DType::kBFloat16:
-      return stream ? turn_blocks<BFloat16, true>(p, far, begin, end) : turn_blocks<BFloat16, false>(p, far, begin, end);
-    case DType::kFloat16:
-      return stream ? turn_blocks<Float16, true>(p, far, begin, end) : turn_blocks<Float16, false>(p, far, begin, end);
-  }
+  with_type(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    stream ? turn_blocks<T, true>(p, far, begin, end) : turn_blocks<T, false>(p, far, begin, end);
+  });
 }
 
 }  // namespace llmkernels::cpu::CPU_CAPABILITY

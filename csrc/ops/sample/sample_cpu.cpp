@@ -207,15 +207,7 @@ void sample_rows(const SampleParams& p, float* scratch, int64_t begin, int64_t e
 }  // namespace
 
 void sample(const SampleParams& p, float* scratch, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::kFloat64:  // converted by the caller
-    case DType::kFloat32:
-      return sample_rows<float>(p, scratch, begin, end);
-    case DType::kBFloat16:
-      return sample_rows<BFloat16>(p, scratch, begin, end);
-    case DType::kFloat16:
-      return sample_rows<Float16>(p, scratch, begin, end);
-  }
+  with_narrow_type(p.dtype, [&](auto t) { sample_rows<decltype(t)>(p, scratch, begin, end); });
 }
 
 }  // namespace llmkernels::cpu::CPU_CAPABILITY

@@ -66,21 +66,7 @@ Kernel choose(const SoftmaxPlan& plan) {
 }  // namespace
 
 const char* softmax_bwd(const SoftmaxBwdParams& params, const SoftmaxPlan& plan, void* stream) {
-  Kernel kernel = nullptr;
-  switch (params.dtype) {
-    case DType::kFloat64:
-      kernel = choose<double>(plan);
-      break;
-    case DType::kFloat32:
-      kernel = choose<float>(plan);
-      break;
-    case DType::kBFloat16:
-      kernel = choose<__nv_bfloat16>(plan);
-      break;
-    case DType::kFloat16:
-      kernel = choose<__half>(plan);
-      break;
-  }
+  const Kernel kernel = with_type(params.dtype, [&](auto t) { return choose<decltype(t)>(plan); });
   return launch(kernel, params, plan.launch, stream);
 }
 

@@ -257,20 +257,6 @@ void bwd_rows(const SoftmaxBwdParams& p, int64_t begin, int64_t end) {
   p.log ? bwd_rows<T, true>(p, begin, end) : bwd_rows<T, false>(p, begin, end);
 }
 
-template <class F>
-inline void with_type(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-    case DType::kFloat16:
-      return f(Float16{});
-  }
-}
-
 }  // namespace
 
 void softmax_fwd(const SoftmaxFwdParams& p, int64_t begin, int64_t end) {

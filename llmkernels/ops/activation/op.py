@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llmkernels import _op, registry
 from llmkernels._autograd import differentiable_backward, is_differentiated, needs_grad, transform_active
-from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_names
+from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_error
 from llmkernels.ops.activation import reference
 
 OP_OF = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu"}  # activation -> op
@@ -76,7 +76,7 @@ class ActivationFunction(torch.autograd.Function):
 def _check(op: str, input: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("input", input), ("bias", bias)):
         if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected one of {dtype_names()}")
+            raise dtype_error(op, name, tensor.dtype)
     if bias is None:
         return
     if input.dim() == 0 or tuple(bias.shape) != tuple(input.shape[-1:]):

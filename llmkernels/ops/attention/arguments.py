@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmkernels._dtypes import FLOAT_DTYPES, dtype_names
+from llmkernels._dtypes import FLOAT_DTYPES, dtype_error
 from llmkernels.ops.attention.reference import Options
 
 CAUSAL = (None, "top_left", "bottom_right")
@@ -54,7 +54,7 @@ def check_tensor(op: str, name: str, tensor: Tensor, query: Tensor, dtype: torch
 def check_dtypes(op: str, query: Tensor, **others: Tensor) -> None:
     """A floating type for all of them, on one device."""
     if query.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: query has dtype {query.dtype}, expected one of {dtype_names()}")
+        raise dtype_error(op, "query", query.dtype)
     for name, tensor in others.items():
         if tensor.device != query.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, expected {query.device}, the device of query")
@@ -83,7 +83,7 @@ def head_vector(op: str, name: str, tensor: Tensor | None, query: Tensor, heads:
     if tensor.device != query.device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, expected {query.device}, the device of query")
     if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected one of {dtype_names()}")
+        raise dtype_error(op, name, tensor.dtype)
     shapes = [(heads,)] if batch is None else [(heads,), (batch, heads)]
     if tuple(tensor.shape) not in shapes:
         expected = " or ".join(map(str, shapes))

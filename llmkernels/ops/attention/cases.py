@@ -144,6 +144,10 @@ def _make_mask(case: AttentionCase, generator, device) -> tuple[Tensor | None, T
         return None, None
     whole = dict(zip("BHST", (case.B, case.H, case.S, case.T), strict=True))
     sizes = tuple(size if letter in case.mask_shape else 1 for letter, size in whole.items())
+    if case.mask == "documents":  # several in one row, each seen by itself: most blocks are hidden whole
+        length = max(case.S, case.T) / 5.0
+        document = lambda count: torch.arange(count) // length
+        return None, (document(case.S)[:, None] == document(case.T)).expand(sizes).to(device)
     if case.mask in ("bool", "holes"):
         mask = torch.rand(sizes, generator=generator) < 0.7
         if case.mask == "holes" and "S" in case.mask_shape:
@@ -436,6 +440,7 @@ def test_cases() -> list[AttentionCase]:
             AttentionCase(op, B=1, H=1, S=300, T=300, D=64, dtype=dtype, causal="top_left", name="tiles"),
             AttentionCase(op, B=1, H=1, S=200, T=333, D=64, dtype=dtype, window=(40, 10), name="tiles"),
             AttentionCase(op, B=1, H=1, S=130, T=260, D=128, dtype=dtype, mask="bool", name="tiles"),
+            AttentionCase(op, B=1, H=1, S=230, T=331, D=32, dtype=dtype, mask="documents", mask_shape="ST"),
         ]
     return cases
 

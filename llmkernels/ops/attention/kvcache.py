@@ -173,9 +173,10 @@ def attention_kvcache(
     if block_table is not None and not isinstance(start, Tensor):
         start = torch.full((query.shape[0],), start, dtype=torch.int32, device=query.device)
     if rotary is not None:
-        query, k = rotary_embedding.turn(query, k, rotary, start, turned, checked=lengths is not None)
+        query, k = rotary_embedding.turn(query, k, rotary, start, turned, backend)
     if appended:
-        places = _places(k_cache, start, appended, block_table)
+        aligned = block_table is None and lengths is not None and len(set(lengths)) == 1  # a slice, then
+        places = _places(k_cache, lengths[0] if aligned else start, appended, block_table)
         k_cache[places] = k
         v_cache[places] = v
     length, seqlens = start + (appended or 0), None

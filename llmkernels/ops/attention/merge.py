@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llmkernels import _op, registry
-from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_names
+from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_error
 
 OP = "merge_attention"
 
@@ -30,7 +30,7 @@ def _check(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor, seq_dim: int)
     if seq_dim not in (-2, -3):
         raise ValueError(f"{OP}: seq_dim is {seq_dim}, expected -2 (out [..., H, S, Dv]) or -3 (out [..., S, H, Dv])")
     if out1.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{OP}: out1 has dtype {out1.dtype}, expected one of {dtype_names()}")
+        raise dtype_error(OP, "out1", out1.dtype)
     stats = accumulate_dtype(out1.dtype)
     for name, tensor, dtype in (("lse1", lse1, stats), ("out2", out2, out1.dtype), ("lse2", lse2, stats)):
         if tensor.device != out1.device:

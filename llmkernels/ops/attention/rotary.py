@@ -5,23 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmkernels._dtypes import FLOAT_DTYPES, dtype_names
+from llmkernels._dtypes import FLOAT_DTYPES, dtype_error
 from llmkernels.ops.attention import arguments
-from llmkernels.ops.rope.reference import rotate
-
-
-def rows_at(table: Tensor, start: int | Tensor, count: int, *, checked: bool) -> Tensor:
-    """The rows start .. start + count of `table` `[L, C]`: `[1 or B, count, C]`; `start` is one number or `[B]`.
-
-    `checked`: the table has them all. Otherwise a row that it has not got is NaN.
-    """
-    if not isinstance(start, Tensor):
-        return table[None, start : start + count]
-    rows = start[:, None] + torch.arange(count, device=start.device)
-    if checked:
-        return table[rows]
-    inside = (rows >= 0) & (rows < table.shape[0])
-    return torch.where(inside[..., None], table[rows.clamp(0, table.shape[0] - 1)], torch.nan)
+from llmkernels.ops.rope.op import rope
 
 
 def check(op: str, rotary, query: Tensor, k: Tensor | None, turned: int, lengths: list[int] | None) -> None:
@@ -36,7 +22,7 @@ def check(op: str, rotary, query: Tensor, k: Tensor | None, turned: int, lengths
     for name, tensor in (("cos", cos), ("sin", sin)):
         arguments.check_tensor(op, name, tensor, query, None)
         if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected one of {dtype_names()}")
+            raise dtype_error(op, name, tensor.dtype)
     if cos.dim() != 2 or 2 * cos.shape[1] > query.shape[3]:
         raise ValueError(
             f"{op}: cos has shape {tuple(cos.shape)}, expected (positions, pairs) and no more than"
@@ -49,9 +35,19 @@ def check(op: str, rotary, query: Tensor, k: Tensor | None, turned: int, lengths
         raise ValueError(f"{op}: cos has {cos.shape[0]} positions, expected at least {needed}")
 
 
-def turn(query, k, rotary, start: int | Tensor, turned: int, *, checked: bool) -> tuple[Tensor, Tensor]:
-    """The query and the new keys turned as at their positions."""
-    appended, interleaved = k.shape[1], len(rotary) == 3 and rotary[2]
-    cos, sin = (rows_at(table, start, max(appended, turned), checked=checked).unsqueeze(2) for table in rotary[:2])
-    k = rotate(k, cos[:, :appended], sin[:, :appended], interleaved)
-    return rotate(query, cos[:, :turned], sin[:, :turned], interleaved), k
+def turn(query, k, rotary, start: int | Tensor, turned: int, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """The query and the new keys turned as at their positions; `start` is one number or `[B]`."""
+    appended, queries = k.shape[1], query.shape[1]
+    options = {"interleaved": len(rotary) == 3 and rotary[2], "seq_dim": -3, "backend": backend}
+
+    def positions(count: int) -> Tensor:
+        steps = torch.arange(count, device=query.device)
+        return start[:, None] + steps if isinstance(start, Tensor) else steps + start
+
+    if turned == appended == queries:
+        return rope(query, k, *rotary[:2], positions(queries), **options)
+    places = positions(turned)
+    places = places if turned == queries else places.expand(*places.shape[:-1], queries)
+    query, _ = rope(query, None, *rotary[:2], places, **options)
+    k, _ = rope(k, None, *rotary[:2], positions(appended), **options)
+    return query, k

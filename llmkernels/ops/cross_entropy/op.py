@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llmkernels import _op, registry
 from llmkernels._autograd import differentiable_backward, is_differentiated, needs_grad, transform_active
-from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_names
+from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_error
 from llmkernels.ops.cross_entropy import reference
 from llmkernels.ops.cross_entropy.reference import Settings
 
@@ -119,7 +119,7 @@ def check_options(op: str, reduction: str, label_smoothing: float, z_loss: float
 
 def check_float(op: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected one of {dtype_names()}")
+        raise dtype_error(op, name, tensor.dtype)
 
 
 def check_place(op: str, name: str, tensor: Tensor, shape: tuple, device: torch.device, what: str) -> None:

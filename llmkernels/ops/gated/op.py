@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llmkernels import _op, registry
 from llmkernels._autograd import differentiable_backward, is_differentiated, needs_grad, transform_active
-from llmkernels._dtypes import FLOAT_DTYPES, dtype_names
+from llmkernels._dtypes import FLOAT_DTYPES, dtype_error
 from llmkernels.ops.gated import reference
 
 OP_OF = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu", "relu": "reglu"}  # activation -> op
@@ -74,7 +74,7 @@ class GatedFunction(torch.autograd.Function):
 def _check(op: str, gate: Tensor, up: Tensor | None) -> None:
     for name, tensor in (("gate", gate), ("up", up)):
         if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected one of {dtype_names()}")
+            raise dtype_error(op, name, tensor.dtype)
     if up is None:
         if gate.dim() == 0 or gate.shape[-1] % 2:
             raise ValueError(

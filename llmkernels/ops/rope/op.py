@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llmkernels import _op, registry
 from llmkernels._autograd import is_differentiated, needs_grad, transform_active
-from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_names
+from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_error
 from llmkernels.ops.rope import reference
 
 # --- raw ops: cos and sin are [L, R/2] or [B, S, R/2], of the dtype of q or that of its sums ------------------------
@@ -99,7 +99,7 @@ class RopeInplaceFunction(torch.autograd.Function):
 def _check_heads(q: Tensor, k: Tensor | None, seq_dim: int) -> int:
     """Returns `seq_dim` counted from the end."""
     if q.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"rope: q has dtype {q.dtype}, expected one of {dtype_names()}")
+        raise dtype_error("rope", "q", q.dtype)
     if not 2 <= q.dim() <= 4:
         raise ValueError(f"rope: q has shape {tuple(q.shape)}, expected 2 to 4 dimensions")
     if not isinstance(seq_dim, int):
@@ -126,7 +126,7 @@ def _tables(q: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Ten
     """cos and sin as `[*, R/2]`, of a dtype that the kernels read."""
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"rope: {name} has dtype {table.dtype}, expected one of {dtype_names()}")
+            raise dtype_error("rope", name, table.dtype)
         if table.device != q.device:
             raise ValueError(f"rope: {name} is on {table.device}, expected {q.device}, the device of q")
     if sin.shape != cos.shape:

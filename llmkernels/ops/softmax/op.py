@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llmkernels import _op, registry
 from llmkernels._autograd import is_differentiated, needs_grad, transform_active
-from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_names
+from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_error, dtype_names
 from llmkernels.ops.softmax import reference
 
 # --- raw ops, over the last dimension ---------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def _softmax(
 ) -> Tensor:
     op = _name(log)
     if input.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: input has dtype {input.dtype}, expected one of {dtype_names()}")
+        raise dtype_error(op, "input", input.dtype)
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: dtype is {dtype}, expected one of {dtype_names()}")
     if not -max(input.dim(), 1) <= dim < max(input.dim(), 1):

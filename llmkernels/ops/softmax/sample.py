@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llmkernels import _op, registry
-from llmkernels._dtypes import FLOAT_DTYPES, dtype_names
+from llmkernels._dtypes import FLOAT_DTYPES, dtype_error
 
 
 def taken(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ def sample(
     Reference: Holtzman et al. 2020, arXiv:1904.09751 (top-p); Nguyen et al. 2024, arXiv:2407.01082 (min-p).
     """
     if logits.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"sample: logits has dtype {logits.dtype}, expected one of {dtype_names()}")
+        raise dtype_error("sample", "logits", logits.dtype)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"sample: logits has shape {tuple(logits.shape)}, expected [*, V] with a V above zero")
     if not 0.0 <= temperature < float("inf"):
