@@ -2,7 +2,8 @@
 
 LLMKERNELS_BUILD: auto (default: what the tools at hand allow), none (Python only), cpu, cuda (both; fails without
 nvcc). LLMKERNELS_TORCH_ROOT: the torch package to compile against, if it is not the one of this interpreter.
-LLMKERNELS_BUILD_TESTS=1: also the emulated CUDA runtime of tests/ptxsim, for builds in place and where nvcc is.
+LLMKERNELS_BUILD_TESTS=1, for builds in place: also the kernels of AMX with its instructions emulated, and where nvcc is
+the emulated CUDA runtime of tests/ptxsim.
 LLMKERNELS_CMAKE_ARGS: more arguments for CMake. MAX_JOBS: how many compilers run at once.
 """
 
@@ -92,16 +93,18 @@ class CMakeBuild(build_ext):
         configure += [f"-DPYTHON_INCLUDE={sysconfig.get_path('include')}"]
         configure += [f"-DMODULE_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}"]
         configure += [f"-DLLMKERNELS_TESTS={'ON' if self.inplace else 'OFF'}"]
+        for_tests = self.inplace and os.environ.get("LLMKERNELS_BUILD_TESTS", "0") == "1"
+        configure += [f"-DLLMKERNELS_AMX_EMULATED={'ON' if for_tests else 'OFF'}"]
         configure += [f"-DLLMKERNELS_NVCC={nvcc or ''}", *shlex.split(os.environ.get("LLMKERNELS_CMAKE_ARGS", ""))]
         if shutil.which("ninja"):
             configure += ["-G", "Ninja"]
         quiet = {} if self.verbose else {"stdout": subprocess.DEVNULL}
         subprocess.run(configure, check=True, **quiet)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        tests = self.inplace and nvcc is not None and os.environ.get("LLMKERNELS_BUILD_TESTS", "0") == "1"
-        targets = ["all", "ptxsim"] if tests else ["all"]
+        simulator = for_tests and nvcc is not None
+        targets = ["all", "ptxsim"] if simulator else ["all"]
         subprocess.run(["cmake", "--build", str(build), "-j", jobs, "--target", *targets], check=True, **quiet)
-        for folder in [build, build / "tests" / "ptxsim" / "runtime"] if tests else [build]:
+        for folder in [build, build / "tests" / "ptxsim" / "runtime"] if simulator else [build]:
             subprocess.run(["cmake", "--install", str(folder)], check=True, stdout=subprocess.DEVNULL)
         built = ["cpu", "cuda"] if nvcc else ["cpu"]
         reason = "LLMKERNELS_BUILD=cpu" if choice == "cpu" else "nvcc was not found"

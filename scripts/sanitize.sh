@@ -11,7 +11,7 @@ rm -rf "$copy"
 mkdir -p "$copy"
 tar cf - --exclude='./.git' --exclude='./.venv' --exclude='./build' --exclude='*.so' --exclude='__pycache__' . | tar xf - -C "$copy"
 cd "$copy"
-export PYTHONPATH="$PWD" LLMKERNELS_BUILD=cpu LLMKERNELS_BUILD_DIR="$PWD/../objects"
+export PYTHONPATH="$PWD" LLMKERNELS_BUILD=cpu LLMKERNELS_BUILD_TESTS=1 LLMKERNELS_BUILD_DIR="$PWD/../objects"
 export LLMKERNELS_CMAKE_ARGS="-DLLMKERNELS_SANITIZE=ON"
 "${PY:-python3}" setup.py -q build_ext --inplace
 export LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libubsan.so)"

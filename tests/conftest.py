@@ -30,6 +30,7 @@ from llmkernels import _native, _op, registry
 from tests.ptxsim import backend as simulated
 
 simulated.register()
+ISAS = ("default", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")  # of the cpu backend
 # What tests of an op run on. A simulated Triton kernel costs a compilation, so those have tests of their own.
 TESTED = (*registry.BACKENDS, *simulated.CUDA)
 
@@ -108,6 +109,20 @@ def backend(request) -> str:
 @pytest.fixture
 def device(backend) -> str:
     return device_of(backend)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request) -> str:
+    """The cpu backend on each instruction set by name; skipped where it was not built or the processor lacks it."""
+    if absent("cpu"):
+        pytest.skip(f"cpu: {absent('cpu')}")
+    module = _native.module("cpu")
+    if request.param not in module.available_isas():
+        pytest.skip(f"cpu: {request.param} does not run on this machine")
+    before = module.isa()
+    module.force_isa(request.param)
+    yield request.param
+    module.force_isa(before)
 
 
 @dataclass(frozen=True)

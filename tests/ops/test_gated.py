@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as torch_functional
 
-from llmkernels import _native, functional
+from llmkernels import functional
 from llmkernels.ops.gated import cases, reference
 from llmkernels.ops.gated.op import OP_OF
 from llmkernels.testing.battery import failures, judge_results
@@ -82,19 +82,6 @@ def test_rule_rejects_wrong_gradients(op, dtype):
 
 
 # Accuracy of the functions underneath, on every instruction set.
-
-
-@pytest.fixture(params=("default", "avx2", "avx512", "avx512_bf16"))
-def isa(request):
-    if _native.why_absent("cpu") is not None:
-        pytest.skip(f"cpu: {_native.why_absent('cpu')}")
-    module = _native.module("cpu")
-    if request.param not in module.available_isas():
-        pytest.skip(f"cpu: {request.param} does not run on this machine")
-    before = module.isa()
-    module.force_isa(request.param)
-    yield request.param
-    module.force_isa(before)
 
 
 def _truth(activation, x):

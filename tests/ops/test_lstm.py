@@ -250,19 +250,6 @@ def test_room_for_all_sequences_or_none():
 # Accuracy of the functions underneath, on every instruction set.
 
 
-@pytest.fixture(params=("default", "avx2", "avx512", "avx512_bf16"))
-def isa(request):
-    if _native.why_absent("cpu") is not None:
-        pytest.skip(f"cpu: {_native.why_absent('cpu')}")
-    module = _native.module("cpu")
-    if request.param not in module.available_isas():
-        pytest.skip(f"cpu: {request.param} does not run on this machine")
-    before = module.isa()
-    module.force_isa(request.param)
-    yield request.param
-    module.force_isa(before)
-
-
 SMALL = (  # one case of each shape of tile and way of reading the weights
     {"B": 1, "T": 3, "H": 37}, {"B": 2, "T": 3, "H": 37}, {"B": 4, "T": 5, "H": 70, "proj": 33},
     {"B": 13, "T": 2, "H": 130, "lengths": (2,) * 6 + (1,) * 7, "bidirectional": True},

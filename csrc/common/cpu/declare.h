@@ -8,3 +8,10 @@
   namespace AVX2 { __VA_ARGS__ }        \
   namespace AVX512 { __VA_ARGS__ }      \
   namespace AVX512_BF16 { __VA_ARGS__ }
+
+// The same for a kernel that multiplies on AMX's tiles; AMX_EMULATED is of builds for tests. Others have no copy there:
+// isa.h has them found in AVX512_BF16. CMakeLists.txt lists the sources.
+#define LLMKERNELS_CPU_DECLARE_AMX(...) \
+  LLMKERNELS_CPU_DECLARE(__VA_ARGS__)   \
+  namespace AMX { __VA_ARGS__ }         \
+  namespace AMX_EMULATED { __VA_ARGS__ }

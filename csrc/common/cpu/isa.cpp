@@ -1,6 +1,11 @@
 #include "common/cpu/isa.h"
 
 #include <ATen/Version.h>
+#if defined(LLMKERNELS_HAS_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <cstdlib>
@@ -9,10 +14,30 @@
 namespace llmkernels::cpu {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"default", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[kIsaCount] = {"default", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"};
+
+#if defined(LLMKERNELS_HAS_AMX)
+// The system keeps the tiles of a process only if that asked; threads and forks of it have the permission too.
+bool tiles_permitted() {
+#if defined(__linux__)
+  static const bool permitted = [] {
+    // Some virtual machines announce the instructions but no palette of tiles, and then refuse to configure them.
+    unsigned palettes = 0, unused = 0, names_and_bytes = 0;
+    if (!__get_cpuid_count(0x1d, 0, &palettes, &unused, &unused, &unused) || palettes < 1) return false;
+    if (!__get_cpuid_count(0x1d, 1, &unused, &names_and_bytes, &unused, &unused)) return false;
+    if (names_and_bytes >> 16 < 8 || (names_and_bytes & 0xffff) < 64) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of <asm/prctl.h>, XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return permitted;
+#else
+  return false;
+#endif
+}
+#endif
 
 bool runs_here(Isa isa) {
-#if defined(LLMKERNELS_HAS_AVX512)
+#if defined(LLMKERNELS_HAS_AMX)
   switch (isa) {
     case Isa::kDefault:
       return true;
@@ -23,6 +48,15 @@ bool runs_here(Isa isa) {
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     case Isa::kAvx512Bf16:
       return runs_here(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+    case Isa::kAmx:
+      return runs_here(Isa::kAvx512Bf16) && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+             tiles_permitted();
+    case Isa::kAmxEmulated:
+#if defined(LLMKERNELS_HAS_AMX_EMULATED)
+      return runs_here(Isa::kAvx512Bf16);
+#else
+      return false;
+#endif
   }
   return false;
 #else
@@ -37,14 +71,17 @@ Isa parse(const std::string& name, const char* source) {
     throw std::invalid_argument(std::string(source) + ": instruction set '" + name +
                                 "' was not built or cannot run on this CPU");
   }
-  throw std::invalid_argument(std::string(source) + ": unknown instruction set '" + name +
-                              "', expected one of default, avx2, avx512, avx512_bf16");
+  std::string known = kNames[0];
+  for (int i = 1; i < kIsaCount; ++i) known += std::string(", ") + kNames[i];
+  throw std::invalid_argument(std::string(source) + ": unknown instruction set '" + name + "', expected one of " +
+                              known);
 }
 
 Isa choose() {
   const char* forced = std::getenv("LLMKERNELS_ISA");
   if (forced != nullptr && *forced != '\0') return parse(forced, "LLMKERNELS_ISA");
   const std::string torch = at::get_cpu_capability();
+  if (torch == "AVX512" && runs_here(Isa::kAmx)) return Isa::kAmx;
   if (torch == "AVX512" && runs_here(Isa::kAvx512Bf16)) return Isa::kAvx512Bf16;
   if (torch == "AVX512" && runs_here(Isa::kAvx512)) return Isa::kAvx512;
   if (torch != "DEFAULT" && runs_here(Isa::kAvx2)) return Isa::kAvx2;

@@ -6,26 +6,47 @@
 
 namespace llmkernels::cpu {
 
-enum class Isa : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
-constexpr int kIsaCount = 4;
+// kAmx is kAvx512Bf16 with the tiles of AMX where a kernel is written for them; kAmxEmulated does in plain C++ what
+// their instructions do: for tests, on machines without them, in builds with LLMKERNELS_BUILD_TESTS=1.
+enum class Isa : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kAmxEmulated = 5 };
+constexpr int kIsaCount = 6;
 
 // LLMKERNELS_ISA if set, else what torch chose (ATEN_CPU_CAPABILITY is honoured), limited to what this machine has.
 Isa isa();
 const char* isa_name(Isa isa);
-// Those that were built and that this machine can run, slowest first.
+// Those that were built and that this machine can run, slowest first, and at the end the emulated one.
 std::vector<std::string> available_isas();
 // For tests and measurements: use another instruction set from now on. Throws if it cannot run here.
 void force_isa(const std::string& name);
 
 }  // namespace llmkernels::cpu
 
+// A kernel without a copy for AMX is the one of AVX512_BF16: names are looked for there after the namespace itself.
+namespace llmkernels::cpu {
+namespace AVX512_BF16 {}
+namespace AMX {
+using namespace AVX512_BF16;
+}
+namespace AMX_EMULATED {
+using namespace AVX512_BF16;
+}
+}  // namespace llmkernels::cpu
+
 // The copy of `function` for the instruction set in use, from one of those namespaces in llmkernels::cpu.
-#if defined(LLMKERNELS_HAS_AVX512)
-#define LLMKERNELS_CPU_DISPATCH(function)                                                                      \
-  (::llmkernels::cpu::isa() == ::llmkernels::cpu::Isa::kAvx512Bf16 ? &::llmkernels::cpu::AVX512_BF16::function \
-   : ::llmkernels::cpu::isa() == ::llmkernels::cpu::Isa::kAvx512   ? &::llmkernels::cpu::AVX512::function      \
-   : ::llmkernels::cpu::isa() == ::llmkernels::cpu::Isa::kAvx2     ? &::llmkernels::cpu::AVX2::function        \
-                                                                   : &::llmkernels::cpu::DEFAULT::function)
+#if defined(LLMKERNELS_HAS_AMX_EMULATED)
+#define LLMKERNELS_CPU_AMX(function)                                                            \
+  (::llmkernels::cpu::isa() == ::llmkernels::cpu::Isa::kAmx ? &::llmkernels::cpu::AMX::function \
+                                                            : &::llmkernels::cpu::AMX_EMULATED::function)
+#else
+#define LLMKERNELS_CPU_AMX(function) (&::llmkernels::cpu::AMX::function)
+#endif
+#if defined(LLMKERNELS_HAS_AMX)
+#define LLMKERNELS_CPU_DISPATCH(function)                                                                        \
+  (::llmkernels::cpu::isa() >= ::llmkernels::cpu::Isa::kAmx          ? LLMKERNELS_CPU_AMX(function)              \
+   : ::llmkernels::cpu::isa() == ::llmkernels::cpu::Isa::kAvx512Bf16 ? &::llmkernels::cpu::AVX512_BF16::function \
+   : ::llmkernels::cpu::isa() == ::llmkernels::cpu::Isa::kAvx512     ? &::llmkernels::cpu::AVX512::function      \
+   : ::llmkernels::cpu::isa() == ::llmkernels::cpu::Isa::kAvx2       ? &::llmkernels::cpu::AVX2::function        \
+                                                                     : &::llmkernels::cpu::DEFAULT::function)
 #else
 #define LLMKERNELS_CPU_DISPATCH(function) (&::llmkernels::cpu::DEFAULT::function)
 #endif

@@ -337,6 +337,7 @@ AttentionBwdWork attention_bwd_work(const AttentionBwdParams& p, int64_t threads
 void attention_bwd(const AttentionBwdParams& p, AttentionBwdStep step, int64_t begin, int64_t end, char* scratch,
                    float* mask_sums) {
   with_narrow_type(p.in.dtype, [&](auto t) {
+    const ProductScope<ProductOf<decltype(t)>> scope;
     Backward<decltype(t)> backward(p, mask_sums);
     switch (step) {
       case AttentionBwdStep::kDelta:

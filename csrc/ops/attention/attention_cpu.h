@@ -27,7 +27,7 @@ struct AttentionBwdWork {
   int64_t mask_floats;  // sums of the mask's gradient that kHeads makes, of its shape and zero at first; 0: none
 };
 
-LLMKERNELS_CPU_DECLARE(
+LLMKERNELS_CPU_DECLARE_AMX(
     AttentionFwdWork attention_fwd_work(const AttentionFwdParams& params);
     void attention_fwd(const AttentionFwdParams& params, int64_t begin, int64_t end, char* scratch, float* partial);
     void attention_merge(const AttentionFwdParams& params, int64_t begin, int64_t end, const float* partial);

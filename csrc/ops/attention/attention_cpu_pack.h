@@ -80,30 +80,12 @@ inline void pack_summed(const Rows& rows, int64_t count, int64_t padded, int64_t
   }
 }
 
-// Transposes a square of words: one step of log2(lanes) for each bit of an index.
-template <int kStep>
-inline void transpose_step(UInt32Vector (&rows)[kLanes<float>]) {
-  constexpr int n = kLanes<float>;
-  UInt32Vector low, high;
-  for (int i = 0; i < n; ++i) {
-    low[i] = static_cast<uint32_t>(i & kStep ? n + i - kStep : i);
-    high[i] = static_cast<uint32_t>(i & kStep ? n + i : i + kStep);
-  }
-  UInt32Vector next[n];
-  for (int i = 0; i < n; ++i) {
-    if (i & kStep) continue;
-    next[i] = __builtin_shuffle(rows[i], rows[i + kStep], low);
-    next[i + kStep] = __builtin_shuffle(rows[i], rows[i + kStep], high);
-  }
-  for (int i = 0; i < n; ++i) rows[i] = next[i];
-}
-
 // B of a product whose columns are the rows, and whose summed axis is `dim`: [words of dim, width]; zeros behind
-// `count` rows.
+// `count` rows and behind `dim`.
 template <class C, class T, class Rows>
 inline void pack_transposed(const Rows& rows, int64_t count, int64_t dim, Word* to, int64_t width) {
   constexpr int n = kLanes<float>;
-  const int64_t words = div_up(dim, kPerWord<C>);
+  const int64_t words = words_of<C>(dim);
   for (int64_t first = 0; first < width; first += n) {
     if (first >= count) {
       for (int64_t w = 0; w < words; ++w) store_words(to + w * width + first, UInt32Vector{});
@@ -117,10 +99,7 @@ inline void pack_transposed(const Rows& rows, int64_t count, int64_t dim, Word* 
           square[i] = load_words<C>(rows(first + i) + w * kPerWord<C>, dim - w * kPerWord<C>);
         }
       }
-      transpose_step<1>(square);
-      transpose_step<2>(square);
-      if constexpr (n > 4) transpose_step<4>(square);
-      if constexpr (n > 8) transpose_step<8>(square);
+      transpose(square);
       for (int i = 0; i < n && w + i < words; ++i) store_words(to + (w + i) * width + first, square[i]);
     }
   }

@@ -27,12 +27,31 @@ using ProductOf = float;
 
 // A tile of C in registers, with what it takes to read A and B: 24 + 4 + 1 of 32, or 12 + 2 + 1 of 16.
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int kTileRows = 6, kTileVectors = 4;
+constexpr int kVectorRows = 6, kTileVectors = 4;
 #elif defined(CPU_CAPABILITY_AVX2)
-constexpr int kTileRows = 6, kTileVectors = 2;
+constexpr int kVectorRows = 6, kTileVectors = 2;
 #else
-constexpr int kTileRows = 4, kTileVectors = 2;
+constexpr int kVectorRows = 4, kTileVectors = 2;
 #endif
+
+#if defined(CPU_CAPABILITY_AMX)
+template <class C>
+constexpr bool kOnAmx = kPerWord<C> == 2;
+#else
+template <class C>
+constexpr bool kOnAmx = false;
+#endif
+
+// Rows of one call of product_rows. On AMX two tiles of them: A and C have memory for rows up to a multiple of 16,
+// whose values there do not matter.
+template <class C>
+constexpr int kTileRows = kOnAmx<C> ? 32 : kVectorRows;
+
+// The words of the summed axis are a multiple of this, padded with zeros in A and B. On AMX they are at most
+// kMostTransposed where the words of a column of A are behind each other.
+template <class C>
+constexpr int kWordStep = kOnAmx<C> ? 16 : 1;
+constexpr int kMostTransposed = 48;
 
 template <int kValue>
 struct Int {
@@ -50,6 +69,36 @@ inline void with_count(int n, F&& f) {
 
 constexpr int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 constexpr int64_t div_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+template <class C>
+constexpr int64_t words_of(int64_t summed) {
+  return round_up(div_up(summed, kPerWord<C>), kWordStep<C>);
+}
+
+// One step of log2(lanes) for each bit of an index.
+template <int kStep>
+inline void transpose_step(UInt32Vector (&rows)[kLanes<float>]) {
+  constexpr int n = kLanes<float>;
+  UInt32Vector low, high;
+  for (int i = 0; i < n; ++i) {
+    low[i] = static_cast<uint32_t>(i & kStep ? n + i - kStep : i);
+    high[i] = static_cast<uint32_t>(i & kStep ? n + i : i + kStep);
+  }
+  UInt32Vector next[n];
+  for (int i = 0; i < n; ++i) {
+    if (i & kStep) continue;
+    next[i] = __builtin_shuffle(rows[i], rows[i + kStep], low);
+    next[i + kStep] = __builtin_shuffle(rows[i], rows[i + kStep], high);
+  }
+  for (int i = 0; i < n; ++i) rows[i] = next[i];
+}
+
+inline void transpose(UInt32Vector (&square)[kLanes<float>]) {
+  transpose_step<1>(square);
+  transpose_step<2>(square);
+  if constexpr (kLanes<float> > 4) transpose_step<4>(square);
+  if constexpr (kLanes<float> > 8) transpose_step<8>(square);
+}
 
 template <class C>
 inline FloatVector multiply_add(FloatVector sum, Word a, UInt32Vector b) {
@@ -114,11 +163,24 @@ __attribute__((noinline)) void product_tile(const Product& p) {
   }
 }
 
+}  // namespace
+}  // namespace llmkernels::cpu::CPU_CAPABILITY
+
+#if defined(CPU_CAPABILITY_AMX)
+#include "ops/attention/attention_cpu_amx.h"
+#endif
+
+namespace llmkernels::cpu::CPU_CAPABILITY {
+namespace {
+
 // `rows` at most kTileRows, `cols` a multiple of the lanes.
 template <class C>
 inline void product_rows(Product p, int rows, int64_t cols) {
+#if defined(CPU_CAPABILITY_AMX)
+  if constexpr (kOnAmx<C>) return amx_product_rows(p, rows, cols);
+#endif
   constexpr int kWide = kTileVectors * kLanes<float>;
-  with_count<kTileRows>(rows, [&](auto r) {
+  with_count<kVectorRows>(rows, [&](auto r) {
     for (int64_t j = 0; j < cols; j += kWide) {
       const int vectors = static_cast<int>((cols - j < kWide ? cols - j : kWide) / kLanes<float>);
       with_count<kTileVectors>(vectors, [&](auto v) { product_tile<C, decltype(r)::value, decltype(v)::value>(p); });
@@ -127,6 +189,23 @@ inline void product_rows(Product p, int rows, int64_t cols) {
     }
   });
 }
+
+// One of these is in scope where product_rows is called: it keeps the tiles of the thread.
+template <class C>
+struct ProductScope {
+  ProductScope() {
+#if defined(CPU_CAPABILITY_AMX)
+    if constexpr (kOnAmx<C>) amx_configure(kAmxWhole);
+#endif
+  }
+  ~ProductScope() {
+#if defined(CPU_CAPABILITY_AMX)
+    if constexpr (kOnAmx<C>) amx_release();
+#endif
+  }
+  ProductScope(const ProductScope&) = delete;
+  ProductScope& operator=(const ProductScope&) = delete;
+};
 
 }  // namespace
 }  // namespace llmkernels::cpu::CPU_CAPABILITY

@@ -14,15 +14,17 @@ template <class T>
 struct BwdSizes {
   using C = ProductOf<T>;
   static constexpr int n = kLanes<float>;
+  static_assert(kBwdRows % (kPerWord<C> * kWordStep<C>) == 0 && kBwdKeys % (kPerWord<C> * kWordStep<C>) == 0);
+  static_assert(!kOnAmx<C> || (kBwdRows <= kPerWord<C> * kMostTransposed && kBwdKeys % kTileRows<C> == 0));
   int64_t group, row_blocks, key_blocks;
-  int64_t d, dv;                    // words of a row of q, of dout
+  int64_t d, dv;                    // words of a row of q, of dout, as products have them
   int64_t d_row, dv_row;            // the same rounded up to vectors
   int64_t d_wide, dv_wide;          // D and Dv rounded up to vectors
 
   explicit BwdSizes(const AttentionInputs& in) {
     group = in.Hk > 0 ? in.H / in.Hk : 1;
     row_blocks = div_up(in.S, kBwdRows), key_blocks = div_up(in.T, kBwdKeys);
-    d = div_up(in.D, kPerWord<C>), dv = div_up(in.Dv, kPerWord<C>);
+    d = words_of<C>(in.D), dv = words_of<C>(in.Dv);
     d_row = round_up(d, n), dv_row = round_up(dv, n);
     d_wide = round_up(in.D, n), dv_wide = round_up(in.Dv, n);
   }
@@ -70,6 +72,7 @@ struct KeyBlock {
 template <class T>
 struct Tile {
   using C = ProductOf<T>;
+  static constexpr int kTileRows = CPU_CAPABILITY::kTileRows<C>;
   float *s, *dp, *slopes;             // of one chunk of rows: kTileRows x kBwdKeys
   Word *p_summed, *ds, *ds_summed;    // of the tile; for floats ds_summed is ds. `summed`: the summed axis are rows
   float* dmask;                       // ds before softcap's derivative, kBwdRows x kBwdKeys
@@ -95,6 +98,7 @@ class BackwardTiles {
  protected:
   using C = ProductOf<T>;
   static constexpr int n = kLanes<float>;
+  static constexpr int kTileRows = CPU_CAPABILITY::kTileRows<C>;
 
   explicit BackwardTiles(const AttentionBwdParams& params)
       : p(params), in(params.in), z(params.in), plain(is_plain(params.in)), scale(keep_scale(params.in)) {}
@@ -111,7 +115,7 @@ class BackwardTiles {
     pack_rows<C, T>(q_row, block.count, in.D, block.q, z.d_row);
     pack_rows<C, T>(dout_row, block.count, in.Dv, block.dout, z.dv_row);
     if (kPerWord<C> == 2 && summed) {
-      const int64_t padded = round_up(block.count, 2);
+      const int64_t padded = words_of<C>(block.count) * kPerWord<C>;
       pack_summed<C, T>(q_row, block.count, padded, in.D, block.q_summed, z.d_wide);
       pack_summed<C, T>(dout_row, block.count, padded, in.Dv, block.dout_summed, z.dv_wide);
     }
@@ -139,7 +143,7 @@ class BackwardTiles {
 
   bool tile_is_seen(const QueryBlock<T>& block, const Sequence& seq, int64_t key) const {
     int64_t c0, c1;
-    return seen_keys(in, block.rows, block.count, key, kBwdKeys, seq.keys, c0, c1);
+    return seen_keys(in, block.rows, block.count, key, kBwdKeys, seq.keys, n, c0, c1);
   }
 
   int chunk_of(const QueryBlock<T>& block, int64_t r) const {
@@ -152,7 +156,7 @@ class BackwardTiles {
     for (int64_t r = 0; r < block.count; r += kTileRows) {
       const int rows = chunk_of(block, r);
       int64_t c0, c1;
-      const bool any = seen_keys(in, block.rows + r, rows, key, kBwdKeys, seq.keys, c0, c1);
+      const bool any = seen_keys(in, block.rows + r, rows, key, kBwdKeys, seq.keys, n, c0, c1);
       if (!any) c0 = c1 = 0;
       if (any) {
         const int64_t soon = block.count - r - rows < kTileRows ? block.count - r - rows : kTileRows;
@@ -174,6 +178,12 @@ class BackwardTiles {
         weigh<true>(tile, block, r, rows, key, c0, c1);
       } else {
         weigh<false>(tile, block, r, rows, key, c0, c1);
+      }
+    }
+    for (int64_t w = div_up(block.count, kPerWord<C>); w < words_of<C>(block.count); ++w) {
+      for (int64_t j = 0; j < kBwdKeys; j += n) {
+        store_words(tile.p_summed + w * kBwdKeys + j, UInt32Vector{});
+        store_words(tile.ds_summed + w * kBwdKeys + j, UInt32Vector{});
       }
     }
   }
@@ -236,7 +246,7 @@ class BackwardTiles {
 
   // dv += p^T dout and dk += ds^T q, over the rows that see some of the keys.
   void add_keys(const Tile<T>& tile, const QueryBlock<T>& block, const KeyBlock<T>& keys, int64_t key) const {
-    const int64_t words = div_up(block.count, kPerWord<C>);
+    const int64_t words = words_of<C>(block.count);
     for (int64_t j = 0; j < kBwdKeys; j += kTileRows) {
       const int rows = static_cast<int>(kBwdKeys - j < kTileRows ? kBwdKeys - j : kTileRows);
       if (p.dv != nullptr) {

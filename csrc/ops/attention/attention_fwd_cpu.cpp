@@ -35,6 +35,7 @@ template <class T>
 struct FwdMemory {
   using C = ProductOf<T>;
   static constexpr int n = kLanes<float>;
+  static constexpr int kTileRows = CPU_CAPABILITY::kTileRows<C>;
   int64_t q_row, acc_row, key_words, value_words;  // of a row of q, of the sums; of a packed block of K, of V
   Word *q, *k, *v;
   uint8_t* is_packed;
@@ -48,7 +49,7 @@ struct FwdMemory {
     const int64_t most = plan.rows + n;
     q_row = round_up(div_up(in.D, kPerWord<C>), n);
     acc_row = round_up(in.Dv, n);
-    key_words = div_up(in.D, kPerWord<C>) * kBlockKeys;
+    key_words = words_of<C>(in.D) * kBlockKeys;
     value_words = kBlockKeys / kPerWord<C> * acc_row;
     q = arena.take<Word>(most * q_row);
     acc = arena.take<float>(most * acc_row);
@@ -72,15 +73,18 @@ struct TaskRows {
   int64_t query_of(int64_t r) const { return (first + r) % queries; }
 };
 
-// One chunk of rows: scores to weights, and the running maximum and sum. Gives the factors of the earlier sums.
+// Rows of one call of softmax_rows: their maxima are one vector.
+template <class T>
+constexpr int kSoftmaxRows = kTileRows<ProductOf<T>> > 8 ? kLanes<float> : kTileRows<ProductOf<T>> > 4 ? 8 : 4;
+
+// Scores to weights, and the running maximum and sum. Gives the factors of the earlier sums.
 template <class T, class P, bool kPlain>
-__attribute__((noinline)) void softmax_rows(const AttentionInputs& in, const FwdMemory<T>& memory, int64_t first_row,
-                                            int count, int64_t first_key, int64_t c0, int64_t c1, P* weights,
-                                            float* factors) {
+__attribute__((noinline)) void softmax_rows(const AttentionInputs& in, const FwdMemory<T>& memory, const float* s,
+                                            int64_t first_row, int count, int64_t first_key, int64_t c0, int64_t c1,
+                                            P* weights, float* factors) {
   constexpr int n = kLanes<float>;
-  constexpr int kCount = kTileRows > 4 ? 8 : 4;
+  constexpr int kCount = kSoftmaxRows<T>;
   constexpr bool kCoarse = sizeof(T) == 2;
-  float* s = memory.s;
   FloatVector tops[kCount];
   for (int i = 0; i < kCount; ++i) tops[i] = splat(-kInfinity);
   for (int i = 0; i < count; ++i) {
@@ -129,6 +133,8 @@ template <class T>
 class FwdTask {
   using C = ProductOf<T>;
   static constexpr int n = kLanes<float>;
+  static constexpr int kTileRows = CPU_CAPABILITY::kTileRows<C>;
+  static constexpr int kKeyStep = kPerWord<C> * kWordStep<C> > n ? kPerWord<C> * kWordStep<C> : n;  // a product's
 
  public:
   FwdTask(const AttentionFwdParams& params, const FwdPlan& plan, const FwdMemory<T>& memory)
@@ -209,10 +215,11 @@ class FwdTask {
         leave_out(s + c0, c1 - c0, row.low - key - c0, row.high - key - c0);
       }
     }
-    if (plain) {
-      softmax_rows<T, P, true>(in, memory, first_row, count, key, c0, c1, weights, factors);
-    } else {
-      softmax_rows<T, P, false>(in, memory, first_row, count, key, c0, c1, weights, factors);
+    const auto softmax = plain ? softmax_rows<T, P, true> : softmax_rows<T, P, false>;
+    for (int i = 0; i < count; i += kSoftmaxRows<T>) {
+      const int rows = count - i < kSoftmaxRows<T> ? count - i : kSoftmaxRows<T>;
+      softmax(in, memory, memory.s + i * kBlockKeys, first_row + i, rows, key, c0, c1, weights + i * kBlockKeys,
+              factors + i);
     }
   }
 
@@ -220,11 +227,11 @@ class FwdTask {
     const int64_t block = key / kBlockKeys, there = end - key < kBlockKeys ? end - key : kBlockKeys;
     Word* k = memory.k + block * memory.key_words;
     Word* v = memory.v + block * memory.value_words;
-    float factors[kLanes<float>];
+    float factors[kTileRows > n ? kTileRows : n];
     for (int64_t r = 0; r < count; r += kTileRows) {
       const int rows = static_cast<int>(count - r < kTileRows ? count - r : kTileRows);
       int64_t c0, c1;
-      if (!seen_keys(in, memory.rows + r, rows, key, kBlockKeys, end, c0, c1)) continue;
+      if (!seen_keys(in, memory.rows + r, rows, key, kBlockKeys, end, kKeyStep, c0, c1)) continue;
       if (!memory.is_packed[block]) {
         memory.is_packed[block] = 1;
         pack_transposed<C, T>([&](int64_t i) { return keys(key + i); }, there, in.D, k, kBlockKeys);
@@ -232,7 +239,7 @@ class FwdTask {
       }
       const int64_t soon = count - r - rows < kTileRows ? count - r - rows : kTileRows;
       fetch_masks(in, memory.rows + r + rows, soon, key, there);
-      product_rows<C>({memory.q + r * memory.q_row, memory.q_row, 1, k + c0, kBlockKeys, div_up(in.D, kPerWord<C>),
+      product_rows<C>({memory.q + r * memory.q_row, memory.q_row, 1, k + c0, kBlockKeys, words_of<C>(in.D),
                        memory.s + c0, kBlockKeys, nullptr}, rows, c1 - c0);
       weigh(r, rows, key, c0, c1, end, reinterpret_cast<C*>(memory.p), factors);
       product_rows<C>({memory.p + c0 / kPerWord<C>, kBlockKeys / kPerWord<C>, 1,
@@ -248,7 +255,7 @@ class FwdTask {
     for (int64_t r = 0; r < count; r += kDirectTileRows) {
       const int rows = static_cast<int>(count - r < kDirectTileRows ? count - r : kDirectTileRows);
       int64_t c0, c1;
-      if (!seen_keys(in, memory.rows + r, rows, key, kBlockKeys, end, c0, c1)) continue;
+      if (!seen_keys(in, memory.rows + r, rows, key, kBlockKeys, end, kKeyStep, c0, c1)) continue;
       const int64_t from = low - key > c0 ? low - key : c0, to = high - key < c1 ? high - key : c1;
       if (from >= to) continue;
       // The first rows fetch for all.
@@ -361,6 +368,7 @@ void attention_fwd(const AttentionFwdParams& p, int64_t begin, int64_t end, char
   const FwdPlan plan(p.in);
   with_narrow_type(p.in.dtype, [&](auto t) {
     using T = decltype(t);
+    const ProductScope<ProductOf<T>> scope;
     const FwdMemory<T> memory(p.in, plan, scratch);
     FwdTask<T> task(p, plan, memory);
     for (int64_t i = begin; i < end; ++i) task.run(i, partial);
