@@ -99,15 +99,15 @@ def check_probability(op: str, name: str, value: float) -> None:
         raise ValueError(f"{op}: {name} is {value}, expected a probability in [0, 1]")
 
 
-def checked_lengths(lengths: Tensor | Sequence[int], batch: int, steps: int) -> Tensor:
+def checked_lengths(op: str, lengths: Tensor | Sequence[int], batch: int, steps: int) -> Tensor:
     """`lengths` as an int64 tensor `[B]`; its values are seen only outside of a compiler."""
     lengths = torch.as_tensor(lengths)
     if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(
-            f"lstm: lengths has shape {tuple(lengths.shape)} and dtype {lengths.dtype}, expected integers ({batch},)"
+            f"{op}: lengths has shape {tuple(lengths.shape)} and dtype {lengths.dtype}, expected integers ({batch},)"
         )
     if not torch.compiler.is_compiling() and batch and not 0 < int(lengths.min()) <= int(lengths.max()) <= steps:
         raise ValueError(
-            f"lstm: lengths are {int(lengths.min())} to {int(lengths.max())}, expected 1 to {steps}, the steps of input"
+            f"{op}: lengths are {int(lengths.min())} to {int(lengths.max())}, expected 1 to {steps}, the steps of input"
         )
     return lengths.to(torch.int64)
