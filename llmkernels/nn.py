@@ -5,6 +5,7 @@ from llmkernels.ops.cross_entropy.module import CrossEntropyLoss, LinearCrossEnt
 from llmkernels.ops.gated.module import SwiGLU
 from llmkernels.ops.lstm.gru_module import GRU, GRUCell
 from llmkernels.ops.lstm.module import LSTM, LSTMCell
+from llmkernels.ops.lstm.quantized import QuantizedLSTM
 from llmkernels.ops.norm.module import LayerNorm, RMSNorm
 from llmkernels.ops.rope.module import RotaryEmbedding
 
@@ -17,6 +18,7 @@ __all__ = [
     "LayerNorm",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
+    "QuantizedLSTM",
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",

@@ -85,7 +85,7 @@ def gru_recurrence_bwd(dy, dh_n, h0, w_hh, batch_sizes, reverse, y, gates, wante
             dw_hh += dhidden.t() @ last
         if wanted[3]:
             db_hh += dhidden.sum(0)
-        # Not addmm: a sum that starts at the large step * z rounds all its small terms to that (2 to 3 times the error).
+        # Not addmm: a sum that starts at the large step * z rounds all its small terms to that (2 to 3 times as wrong).
         dh = _over(step * z + dhidden @ weight, dh)
         found.append(torch.cat((dr, dz, dn), -1).to(dtype))
     dgates_x = _joined(found if reverse else found[::-1], room, gates.new_empty(0, len(weight)))
