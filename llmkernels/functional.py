@@ -9,6 +9,7 @@ from llmkernels.ops.cross_entropy.linear_op import linear_cross_entropy
 from llmkernels.ops.cross_entropy.op import cross_entropy
 from llmkernels.ops.gated.op import geglu, reglu, swiglu
 from llmkernels.ops.lstm.cell import lstm_cell
+from llmkernels.ops.lstm.gru import gru, gru_cell
 from llmkernels.ops.lstm.sequence import lstm
 from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from llmkernels.ops.rope.cache import rope_cache
@@ -24,6 +25,8 @@ __all__ = [
     "cross_entropy",
     "geglu",
     "gelu",
+    "gru",
+    "gru_cell",
     "layer_norm",
     "linear_cross_entropy",
     "log_softmax",
