@@ -38,6 +38,17 @@ def kept(seed_ptr, numbers, cols, threshold):
     return ((h ^ (h >> 15)) >> 8).to(tl.int32) >= threshold
 
 
+@triton.jit
+def number(bits, to: tl.constexpr):
+    """The fp64 scalar argument that `bits_of` made an integer, rounded to `to`."""
+    return tl.full((), bits, tl.int64).to(tl.float64, bitcast=True).to(to)
+
+
+def bits_of(value: float) -> int:
+    """An fp64 scalar, at least 1, as the argument of a kernel: exactly, where an argument that is a float is fp32."""
+    return ctypes.c_int64.from_buffer(ctypes.c_double(value)).value
+
+
 def split_scalar(value: float) -> tuple[float, float]:
     """`value` as two numbers that fp32 arguments hold and whose sum it is, to 48 bits.
 

@@ -74,7 +74,8 @@ const char* run(const NormBwdParams& p, const NormBwdPlan& plan, void* stream) {
   const char* error = nullptr;
   const bool in_registers = plan.rows.vectors > 0;
   if (p.rows > 0 && (p.dx != nullptr || (in_registers && plan.partial_blocks > 0))) {
-    error = launch(choose_rows<T, kKind>(plan.rows), p, plan.rows.launch, stream);
+    error = p.seed != nullptr ? norm_bwd_rows_dropout(p, plan.rows, stream)
+                              : launch(choose_rows<T, kKind, false>(plan.rows), p, plan.rows.launch, stream);
   }
   if (error == nullptr && plan.partial_blocks > 0 && !in_registers) {
     const Kernel kernel =

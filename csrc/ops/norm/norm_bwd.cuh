@@ -5,6 +5,7 @@
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/vec.cuh"
 #include "ops/norm/norm_cuda.h"
+#include "ops/norm/norm_dropout.cuh"
 
 namespace llmkernels::cuda {
 namespace {
@@ -53,9 +54,10 @@ __device__ void row_means(Group& group, int64_t cols, Sum (&sums)[2]) {
   sums[0] /= static_cast<Sum>(cols);
 }
 
-template <class T, NormKind kKind, int kVec>
+template <class T, NormKind kKind, int kVec, class RowDropout>
 __device__ void store_dx(const NormBwdParams& p, const Row<T, kKind>& r, int64_t row, int64_t index,
-                         const Vec<T, kVec>& x, const Acc<T> (&g)[kVec], const Acc<T> (&means)[2]) {
+                         const Vec<T, kVec>& x, const Acc<T> (&g)[kVec], const Acc<T> (&means)[2],
+                         const RowDropout& dropout) {
   Acc<T> out[kVec];
 #pragma unroll
   for (int j = 0; j < kVec; ++j) out[j] = r.rstd * (g[j] - means[1] - r.xhat(x.at[j]) * means[0]);
@@ -68,6 +70,12 @@ __device__ void store_dx(const NormBwdParams& p, const Row<T, kKind>& r, int64_t
 #pragma unroll
   for (int j = 0; j < kVec; ++j) dx.at[j] = narrow<T>(out[j]);
   store(static_cast<T*>(p.dx) + row * p.cols, index, dx);
+  if constexpr (!std::is_same_v<RowDropout, NoDropout>) {
+    if (p.dx_dropped == nullptr) return;
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) dx.at[j] = dropout(out[j], index * kVec + j);
+    store(static_cast<T*>(p.dx_dropped) + row * p.cols, index, dx);
+  }
 }
 
 // Partial sums of block `block`: first all of dweight (if wanted), then all of dbias.
@@ -119,7 +127,7 @@ __device__ void store_partial(const Acc<T> (&sum)[kVectors][kVec], Acc<T>* parti
 // Rows that fit the registers of one warp or one block: dy and x are read once, dx written once. A thread sees the
 // same columns in every row, so it keeps their dweight and dbias until its rows are done: no atomics, and the same
 // order of additions in every run on the same kind of GPU.
-template <class T, NormKind kKind, int kVec, int kVectors, bool kBlock>
+template <class T, NormKind kKind, int kVec, int kVectors, bool kBlock, bool kDropout>
 __global__ void __launch_bounds__(kBlock ? kNormBlockThreads : kNormWarpThreads) norm_bwd_kernel(const NormBwdParams p) {
   RowGroup<kBlock, Acc<T>> group;
   const int vectors = static_cast<int>(p.cols / kVec);
@@ -152,6 +160,7 @@ __global__ void __launch_bounds__(kBlock ? kNormBlockThreads : kNormWarpThreads)
     }
     if (p.dx == nullptr) continue;  // the same for all threads
     row_means<kKind>(group, p.cols, sums);
+    const DropoutIf<T, kDropout> dropout(p, row);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int index = group.rank() + i * group.size();
@@ -160,7 +169,7 @@ __global__ void __launch_bounds__(kBlock ? kNormBlockThreads : kNormWarpThreads)
       forget(dy[i]);
       Acc<T> g[kVec];
       scaled<T, kVec>(p, index, dy[i], g);
-      store_dx<T, kKind, kVec>(p, r, row, index, x[i], g, sums);
+      store_dx<T, kKind, kVec>(p, r, row, index, x[i], g, sums, dropout);
     }
   }
   if (p.dweight != nullptr) {
@@ -172,7 +181,7 @@ __global__ void __launch_bounds__(kBlock ? kNormBlockThreads : kNormWarpThreads)
 }
 
 // dx of rows that do not fit, or are not made of whole aligned vectors: dy and x are read twice.
-template <class T, NormKind kKind, int kVec, bool kBlock>
+template <class T, NormKind kKind, int kVec, bool kBlock, bool kDropout>
 __global__ void __launch_bounds__(kBlock ? kNormBlockThreads : kNormWarpThreads, kBlock ? 2 : 8)
     norm_bwd_long_kernel(const NormBwdParams p) {
   RowGroup<kBlock, Acc<T>> group;
@@ -192,25 +201,30 @@ __global__ void __launch_bounds__(kBlock ? kNormBlockThreads : kNormWarpThreads,
       }
     }
     row_means<kKind>(group, p.cols, sums);
+    const DropoutIf<T, kDropout> dropout(p, row);
 #pragma unroll 2
     for (int64_t index = group.rank(); index < vectors; index += group.size()) {
       Acc<T> g[kVec];
       scaled<T, kVec>(p, index, load<T, kVec>(r.dy, index), g);
-      store_dx<T, kKind, kVec>(p, r, row, index, load<T, kVec>(r.x, index), g, sums);
+      store_dx<T, kKind, kVec>(p, r, row, index, load<T, kVec>(r.x, index), g, sums, dropout);
     }
   }
 }
 
 using Kernel = void (*)(NormBwdParams);
 
-template <class T, NormKind kKind>
+template <class T, NormKind kKind, bool kDropout>
 Kernel choose_rows(const RowPlan& plan) {
   constexpr int kWide = kVectorBytes / sizeof(T);
-  if (!plan.wide) return plan.block ? norm_bwd_long_kernel<T, kKind, 1, true> : norm_bwd_long_kernel<T, kKind, 1, false>;
-  if (plan.vectors == 0) return norm_bwd_long_kernel<T, kKind, kWide, true>;
-  if (plan.block) return norm_bwd_kernel<T, kKind, kWide, 4, true>;
-  if (plan.vectors == 1) return norm_bwd_kernel<T, kKind, kWide, 1, false>;
-  return plan.vectors == 2 ? norm_bwd_kernel<T, kKind, kWide, 2, false> : norm_bwd_kernel<T, kKind, kWide, 4, false>;
+  if (!plan.wide) {
+    return plan.block ? norm_bwd_long_kernel<T, kKind, 1, true, kDropout>
+                      : norm_bwd_long_kernel<T, kKind, 1, false, kDropout>;
+  }
+  if (plan.vectors == 0) return norm_bwd_long_kernel<T, kKind, kWide, true, kDropout>;
+  if (plan.block) return norm_bwd_kernel<T, kKind, kWide, 4, true, kDropout>;
+  if (plan.vectors == 1) return norm_bwd_kernel<T, kKind, kWide, 1, false, kDropout>;
+  return plan.vectors == 2 ? norm_bwd_kernel<T, kKind, kWide, 2, false, kDropout>
+                           : norm_bwd_kernel<T, kKind, kWide, 4, false, kDropout>;
 }
 
 }  // namespace

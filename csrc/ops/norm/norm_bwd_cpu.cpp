@@ -61,7 +61,9 @@ inline void bwd_row(const NormBwdParams& p, int64_t row, AccOf<T>* dweight, AccO
   T* dx = p.dx != nullptr ? static_cast<T*>(p.dx) + row * p.cols : nullptr;
   const RowFactors<Acc> f = row_factors<T, W, kRms, kWeight>(p, row);
   const Vec<Acc> weight_offset = splat(static_cast<Acc>(p.weight_offset));
-  for_each_vector<Acc>(0, p.cols, [&](int64_t j, auto part) {
+  T* dropped = p.dx_dropped != nullptr ? static_cast<T*>(p.dx_dropped) + row * p.cols : nullptr;
+  const Dropout<Acc> dropout(p, row);
+  const auto gradients = [&](int64_t j, auto part, auto drops) {
     const Vec<Acc> v = part.load(x + j), grad = part.load(dy + j);
     const Vec<Acc> xhat = kRms ? v * f.rstd : (v - f.mean) * f.rstd + f.shift;
     if (dx != nullptr) {
@@ -74,10 +76,17 @@ inline void bwd_row(const NormBwdParams& p, int64_t row, AccOf<T>* dweight, AccO
       Vec<Acc> d = g * f.rstd + (kRms ? xhat * f.slope : xhat * f.slope + f.constant);
       if (dresidual != nullptr) d += part.load(dresidual + j);
       part.store(dx + j, d);
+      if constexpr (drops) part.store(dropped + j, dropout(d, j));
     }
     if (dweight != nullptr) part.store(dweight + j, part.load(dweight + j) + grad * xhat);
     if (dbias != nullptr) part.store(dbias + j, part.load(dbias + j) + grad);
-  });
+  };
+  // Apart, so that a row without dropout pays nothing for it.
+  if (dropped == nullptr) {
+    for_each_vector<Acc>(0, p.cols, [&](int64_t j, auto part) { gradients(j, part, std::false_type{}); });
+  } else {
+    for_each_vector<Acc>(0, p.cols, [&](int64_t j, auto part) { gradients(j, part, std::true_type{}); });
+  }
 }
 
 template <class T, class W, bool kRms, bool kWeight>

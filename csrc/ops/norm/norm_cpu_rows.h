@@ -5,6 +5,7 @@
 #include "ops/norm/norm_cpu.h"
 
 #include "common/cpu/vec.h"
+#include "common/random.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
@@ -40,6 +41,47 @@ inline Sums<Acc> sum_row(int64_t cols, Terms&& terms) {
   }
   return total;
 }
+
+typedef int32_t Int32Vector __attribute__((vector_size(kVectorBytes)));
+typedef int64_t Int64Vector __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UInt32Half __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as DoubleVector
+
+// Dropout of the elements of one row.
+template <class Acc>
+class Dropout {
+ public:
+  template <class Params>
+  Dropout(const Params& p, int64_t row)
+      : keys_(p.seed != nullptr ? row_keys(*p.seed, row) : RowKeys{}), threshold_(p.dropout_threshold),
+        scale_(splat(static_cast<Acc>(p.dropout_scale))) {
+    for (int i = 0; i < kLanes<Acc>; ++i) lanes_[i] = static_cast<uint32_t>(i);
+  }
+
+  // The elements from `column` on, scaled and rounded to T, or zero. The bits of a product are masked, so that no
+  // compiler can join it with an addition and round both at once.
+  template <class T>
+  Vec<Acc> rounded(Vec<Acc> value, int64_t column) const {
+    value *= scale_;
+    if constexpr (sizeof(T) == 2) value = widen(narrow(value, T{}), T{});
+    return kept(value, column);
+  }
+  Vec<Acc> operator()(Vec<Acc> value, int64_t column) const { return kept(value * scale_, column); }
+
+ private:
+  using Words = std::conditional_t<sizeof(Acc) == 8, Int64Vector, Int32Vector>;
+  using Bits = std::conditional_t<sizeof(Acc) == 8, UInt32Half, UInt32Vector>;
+
+  Vec<Acc> kept(Vec<Acc> value, int64_t column) const {
+    const Bits bits = random_bits(keys_, lanes_ + static_cast<uint32_t>(column));
+    const Words mask = __builtin_convertvector((bits >> 8) >= threshold_, Words);
+    return bit_cast<Vec<Acc>>(bit_cast<Words>(value) & mask);
+  }
+
+  RowKeys keys_;
+  uint32_t threshold_;
+  Vec<Acc> scale_;
+  Bits lanes_;
+};
 
 // Calls f(T{}, W{}) for the element types of a call.
 template <class F>

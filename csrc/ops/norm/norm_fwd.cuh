@@ -5,6 +5,7 @@
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/vec.cuh"
 #include "ops/norm/norm_cuda.h"
+#include "ops/norm/norm_dropout.cuh"
 
 namespace llmkernels::cuda {
 namespace {
@@ -96,7 +97,7 @@ __device__ void finish(Group& group, const NormFwdParams& p, Acc<T> (&sums)[2], 
 // Rows that fit the registers of one warp or one block: x and residual are read once, y and the new residual written
 // once, and the variance is taken about the mean. Threads take vectors in turns, so that a load of the group is one
 // contiguous piece. Blocks stay and step over the rows.
-template <class T, NormKind kKind, int kVec, int kVectors, bool kBlock>
+template <class T, NormKind kKind, int kVec, int kVectors, bool kBlock, bool kDropout>
 __global__ void __launch_bounds__(kBlock ? kNormBlockThreads : kNormWarpThreads, 1)
     norm_fwd_kernel(const NormFwdParams p) {
   RowGroup<kBlock, Acc<T>> group;
@@ -111,18 +112,26 @@ __global__ void __launch_bounds__(kBlock ? kNormBlockThreads : kNormWarpThreads,
     }
     if (p.residual != nullptr) {
       const T* residual = static_cast<const T*>(p.residual) + row * p.residual_row_stride;
-      Vec<T, kVec> r[kVectors];  // all loads before the first store: it might alias them, for all the compiler knows
+      // All loads before the first store: it might alias them, for all the compiler knows. Of eight vectors with the bits
+      // of dropout that would spill.
+      constexpr int kLoads = kDropout && kVectors > 4 ? 4 : kVectors;
+      const DropoutIf<T, kDropout> dropout(p, row);
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        const int index = group.rank() + i * group.size();
-        if (index < vectors) r[i] = load<T, kVec>(residual, index);
-      }
+      for (int first = 0; first < kVectors; first += kLoads) {
+        Vec<T, kVec> r[kLoads];
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        const int index = group.rank() + i * group.size();
-        if (index >= vectors) continue;
-        s[i] = added(s[i], r[i]);
-        store(static_cast<T*>(p.new_residual) + row * p.cols, index, s[i]);
+        for (int i = 0; i < kLoads; ++i) {
+          const int index = group.rank() + (first + i) * group.size();
+          if (index < vectors) r[i] = load<T, kVec>(residual, index);
+        }
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+          const int index = group.rank() + (first + i) * group.size();
+          if (index >= vectors) continue;
+          if constexpr (kDropout) s[first + i] = dropout(s[first + i], index);
+          s[first + i] = added(s[first + i], r[i]);
+          store(static_cast<T*>(p.new_residual) + row * p.cols, index, s[first + i]);
+        }
       }
     }
 
@@ -159,7 +168,7 @@ __global__ void __launch_bounds__(kBlock ? kNormBlockThreads : kNormWarpThreads,
 
 // Rows that do not fit, or are not made of whole aligned vectors: the sum, the squares about the mean and the result
 // each read the row again, from a cache if it is small enough.
-template <class T, NormKind kKind, int kVec, bool kBlock>
+template <class T, NormKind kKind, int kVec, bool kBlock, bool kDropout>
 __global__ void __launch_bounds__(kBlock ? kNormBlockThreads : kNormWarpThreads, kBlock ? 2 : 8)
     norm_fwd_long_kernel(const NormFwdParams p) {
   RowGroup<kBlock, Acc<T>> group;
@@ -170,8 +179,15 @@ __global__ void __launch_bounds__(kBlock ? kNormBlockThreads : kNormWarpThreads,
       // Each thread reads back only what it wrote itself: no barrier is needed.
       const T* residual = static_cast<const T*>(p.residual) + row * p.residual_row_stride;
       T* sum = static_cast<T*>(p.new_residual) + row * p.cols;
-      for (int64_t index = group.rank(); index < vectors; index += group.size()) {
-        store(sum, index, added(load<T, kVec>(s, index), load<T, kVec>(residual, index)));
+      if constexpr (kDropout) {
+        const Dropout<T> dropout(p, row);
+        for (int64_t index = group.rank(); index < vectors; index += group.size()) {
+          store(sum, index, added(dropout(load<T, kVec>(s, index), index), load<T, kVec>(residual, index)));
+        }
+      } else {
+        for (int64_t index = group.rank(); index < vectors; index += group.size()) {
+          store(sum, index, added(load<T, kVec>(s, index), load<T, kVec>(residual, index)));
+        }
       }
       s = sum;
     }
@@ -203,21 +219,38 @@ __global__ void __launch_bounds__(kBlock ? kNormBlockThreads : kNormWarpThreads,
 
 using Kernel = void (*)(NormFwdParams);
 
-template <class T, NormKind kKind>
+template <class T, NormKind kKind, bool kDropout>
 Kernel choose(const RowPlan& plan) {
   constexpr int kWide = kVectorBytes / sizeof(T);
-  if (!plan.wide) return plan.block ? norm_fwd_long_kernel<T, kKind, 1, true> : norm_fwd_long_kernel<T, kKind, 1, false>;
-  if (plan.vectors == 0) return norm_fwd_long_kernel<T, kKind, kWide, true>;
-  if (plan.block) {
-    return plan.vectors == 4 ? norm_fwd_kernel<T, kKind, kWide, 4, true> : norm_fwd_kernel<T, kKind, kWide, 8, true>;
+  if (!plan.wide) {
+    return plan.block ? norm_fwd_long_kernel<T, kKind, 1, true, kDropout>
+                      : norm_fwd_long_kernel<T, kKind, 1, false, kDropout>;
   }
-  if (plan.vectors == 1) return norm_fwd_kernel<T, kKind, kWide, 1, false>;
-  return plan.vectors == 2 ? norm_fwd_kernel<T, kKind, kWide, 2, false> : norm_fwd_kernel<T, kKind, kWide, 4, false>;
+  if (plan.vectors == 0) return norm_fwd_long_kernel<T, kKind, kWide, true, kDropout>;
+  if (plan.block) {
+    return plan.vectors == 4 ? norm_fwd_kernel<T, kKind, kWide, 4, true, kDropout>
+                             : norm_fwd_kernel<T, kKind, kWide, 8, true, kDropout>;
+  }
+  if (plan.vectors == 1) return norm_fwd_kernel<T, kKind, kWide, 1, false, kDropout>;
+  return plan.vectors == 2 ? norm_fwd_kernel<T, kKind, kWide, 2, false, kDropout>
+                           : norm_fwd_kernel<T, kKind, kWide, 4, false, kDropout>;
 }
 
-template <class T>
+template <class T, bool kDropout>
 Kernel choose(const RowPlan& plan, NormKind kind) {
-  return kind == NormKind::kLayerNorm ? choose<T, NormKind::kLayerNorm>(plan) : choose<T, NormKind::kRmsNorm>(plan);
+  return kind == NormKind::kLayerNorm ? choose<T, NormKind::kLayerNorm, kDropout>(plan)
+                                      : choose<T, NormKind::kRmsNorm, kDropout>(plan);
+}
+
+template <bool kDropout>
+Kernel choose(const NormFwdParams& params, const RowPlan& plan) {
+  switch (params.dtype) {
+    case DType::kFloat64: return choose<double, kDropout>(plan, params.kind);
+    case DType::kFloat32: return choose<float, kDropout>(plan, params.kind);
+    case DType::kBFloat16: return choose<__nv_bfloat16, kDropout>(plan, params.kind);
+    case DType::kFloat16: return choose<__half, kDropout>(plan, params.kind);
+  }
+  return nullptr;
 }
 
 }  // namespace

@@ -97,15 +97,22 @@ inline void output_row(const NormFwdParams& p, int64_t row, const T* s, const Ro
   }
 }
 
-// The row to be normed: x, or x + residual once it has been written.
+// The row to be normed: x, or x + residual, x after dropout if there is one, once the sum has been written.
 template <class T>
 inline const T* normed_row(const NormFwdParams& p, int64_t row) {
   const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
   if (p.residual == nullptr) return x;
   const T* residual = static_cast<const T*>(p.residual) + row * p.residual_row_stride;
   T* sum = static_cast<T*>(p.new_residual) + row * p.cols;
+  if (p.seed == nullptr) {
+    for_each_vector<AccOf<T>>(0, p.cols, [&](int64_t j, auto part) {
+      part.store(sum + j, part.load(x + j) + part.load(residual + j));
+    });
+    return sum;
+  }
+  const Dropout<AccOf<T>> dropout(p, row);
   for_each_vector<AccOf<T>>(0, p.cols, [&](int64_t j, auto part) {
-    part.store(sum + j, part.load(x + j) + part.load(residual + j));
+    part.store(sum + j, dropout.template rounded<T>(part.load(x + j), j) + part.load(residual + j));
   });
   return sum;
 }

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llmkernels._triton import cast
+from llmkernels._triton import cast, kept, number
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _load_row(dy_ptr, x_ptr, weight_ptr, at, mask, mean, weight_offset, RMS: tl.
     return dy, g, v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold", "keep_scale"])
 def _norm_bwd_kernel(
     dy_ptr,  # [rows, cols] T, row stride dy_stride
     dresidual_ptr,  # [rows, cols] T, row stride dresidual_stride; unused unless ADD
@@ -31,11 +31,15 @@ def _norm_bwd_kernel(
     weight_ptr,  # [cols] W; unused unless HAS_WEIGHT
     mean_ptr,  # [rows] Acc; unused if RMS
     rstd_ptr,  # [rows] Acc
-    dx_ptr,  # [rows, cols] T; unused unless DX
+    dx_ptr,  # [rows, cols] T: the gradient of s; unused unless DX
+    dropped_ptr,  # [rows, cols] T: dx where dropout kept; unused unless DROPOUT
     dweight_ptr,  # [programs, cols] Acc, zeros: this program's line; unused unless DWEIGHT
     dbias_ptr,  # [programs, cols] Acc, zeros; unused unless DBIAS
     weight_offset,  # in two parts
     weight_offset_rest,
+    seed_ptr,  # [] int64; unused unless DROPOUT, as the next two
+    threshold,  # of _random.py
+    keep_scale,  # what a kept element is multiplied with: see bits_of
     dy_stride,
     dresidual_stride,
     x_stride,
@@ -45,6 +49,7 @@ def _norm_bwd_kernel(
     ADD: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     DX: tl.constexpr,
+    DROPOUT: tl.constexpr,
     DWEIGHT: tl.constexpr,
     DBIAS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
@@ -100,6 +105,10 @@ def _norm_bwd_kernel(
                 if ADD:
                     dx += tl.load(dresidual_ptr + row * dresidual_stride + at, mask=mask, other=0.0).to(ACC)
                 tl.store(dx_ptr + row * cols + at, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
+                if DROPOUT:
+                    keep = kept(seed_ptr, tl.full((), row, tl.int64), at, threshold)  # to the interpreter row is an int
+                    dx = tl.where(keep, dx * number(keep_scale, ACC), 0.0)
+                    tl.store(dropped_ptr + row * cols + at, cast(dx, dx_ptr.dtype.element_ty), mask=mask)
             if ONE_BLOCK:
                 dweight += dy * xhat
                 dbias += dy

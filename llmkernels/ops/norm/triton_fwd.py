@@ -3,28 +3,32 @@
 import triton
 import triton.language as tl
 
-from llmkernels._triton import cast
+from llmkernels._triton import cast, kept, number
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold", "keep_scale"])
 def _norm_fwd_kernel(
     x_ptr,  # [rows, cols] T, row stride x_stride
     residual_ptr,  # [rows, cols] T, row stride residual_stride; unused unless ADD
     weight_ptr,  # [cols] W; unused unless HAS_WEIGHT
     bias_ptr,  # [cols] W; unused unless HAS_BIAS
     y_ptr,  # [rows, cols] T
-    sum_ptr,  # [rows, cols] T: x + residual; unused unless ADD
+    sum_ptr,  # [rows, cols] T: x (after dropout) + residual; unused unless ADD
     mean_ptr,  # [rows] Acc; unused if RMS
     rstd_ptr,  # [rows] Acc
     eps,  # a scalar argument is fp32, so each comes in two parts whose sum it is: see split_scalar
     eps_rest,
     weight_offset,
     weight_offset_rest,
+    seed_ptr,  # [] int64; unused unless DROPOUT, as the next two
+    threshold,  # of _random.py
+    keep_scale,  # what a kept element is multiplied with: see bits_of
     x_stride,
     residual_stride,
     cols,
     RMS: tl.constexpr,
     ADD: tl.constexpr,
+    DROPOUT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
@@ -42,6 +46,10 @@ def _norm_fwd_kernel(
         for start in range(0, cols, BLOCK_COLS):
             at = start + lanes
             a = tl.load(x_ptr + row * x_stride + at, mask=at < cols, other=0.0).to(ACC)
+            if DROPOUT:
+                # Rounded to T before the sum is.
+                scaled = cast(a * number(keep_scale, ACC), sum_ptr.dtype.element_ty).to(ACC)
+                a = tl.where(kept(seed_ptr, row, at, threshold), scaled, 0.0)
             b = tl.load(residual_ptr + row * residual_stride + at, mask=at < cols, other=0.0).to(ACC)
             tl.store(sum_ptr + row * cols + at, cast(a + b, sum_ptr.dtype.element_ty), mask=at < cols)
         tl.debug_barrier()  # other threads of this program read what this one wrote

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmkernels import _random
 from llmkernels._dtypes import accumulate_dtype
-from llmkernels._triton import TL_DTYPE, as_rows, split_scalar
+from llmkernels._triton import TL_DTYPE, as_rows, bits_of, split_scalar
 from llmkernels.ops.norm.triton_bwd import _norm_bwd_kernel, _norm_reduce_kernel
 from llmkernels.ops.norm.triton_fwd import _norm_fwd_kernel
 
@@ -45,7 +46,13 @@ def bwd_programs(rows: int, device: torch.device) -> int:
     return min(rows, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _fwd(x, residual, weight, bias, normalized_shape, eps, weight_offset, *, rms):
+def _dropout(dropout_p: float) -> tuple[int, int]:
+    """The arguments `threshold` and `keep_scale`."""
+    # With p = 1 nothing is kept, and nothing scaled.
+    return _random.threshold(dropout_p), bits_of(_random.keep_scale(dropout_p) or 1.0)
+
+
+def _fwd(x, residual, weight, bias, normalized_shape, eps, weight_offset, *, rms, seed=None, dropout_p=0.0):
     rows, cols = _size(x, normalized_shape)
     acc = accumulate_dtype(x.dtype)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -62,14 +69,17 @@ def _fwd(x, residual, weight, bias, normalized_shape, eps, weight_offset, *, rms
         with torch.cuda.device_of(x):
             _norm_fwd_kernel[(rows,)](
                 flat, added, weight, bias, y, new_residual, mean, rstd,
-                *split_scalar(eps), *split_scalar(weight_offset), x_stride, residual_stride, cols,
-                RMS=rms, ADD=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+                *split_scalar(eps), *split_scalar(weight_offset), seed, *_dropout(dropout_p),
+                x_stride, residual_stride, cols, RMS=rms, ADD=residual is not None, DROPOUT=seed is not None,
+                HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
                 ONE_BLOCK=cols <= block, BLOCK_COLS=block, ACC=TL_DTYPE[acc], num_warps=warps,
             )  # fmt: skip
     return y, new_residual, mean, rstd
 
 
-def _bwd(dy, dresidual, x, weight, mean, rstd, normalized_shape, weight_offset, wanted, *, rms):
+def _bwd(dy, dresidual, x, weight, mean, rstd, normalized_shape, weight_offset, wanted, *, rms, dropped=None, seed=None,
+         dropout_p=0.0):  # fmt: skip
+    """dx, dweight, dbias; fills `dropped` with the part of dx that dropout let through, unless it is None."""
     rows, cols = _size(x, normalized_shape)
     acc = accumulate_dtype(x.dtype)
     parameter_dtype = x.dtype if weight is None else weight.dtype
@@ -87,10 +97,10 @@ def _bwd(dy, dresidual, x, weight, mean, rstd, normalized_shape, weight_offset, 
     block, warps = config(cols)
     with torch.cuda.device_of(x):
         _norm_bwd_kernel[(programs,)](
-            grad, arriving, flat, weight, mean, rstd, outputs[0], partial[0], partial[1], *split_scalar(weight_offset),
-            dy_stride, dresidual_stride, x_stride, rows, cols,
+            grad, arriving, flat, weight, mean, rstd, outputs[0], dropped, partial[0], partial[1],
+            *split_scalar(weight_offset), seed, *_dropout(dropout_p), dy_stride, dresidual_stride, x_stride, rows, cols,
             RMS=rms, ADD=dresidual is not None, HAS_WEIGHT=weight is not None,
-            DX=wanted[0], DWEIGHT=wanted[1], DBIAS=wanted[2],
+            DX=wanted[0], DROPOUT=dropped is not None, DWEIGHT=wanted[1], DBIAS=wanted[2],
             ONE_BLOCK=cols <= block, BLOCK_COLS=block, ACC=TL_DTYPE[acc], num_warps=warps,
         )  # fmt: skip
         for lines, out in zip(partial, outputs[1:], strict=True):
@@ -128,6 +138,38 @@ def rms_norm_bwd(dy, dresidual, x, weight, rstd, normalized_shape, weight_offset
     return tuple(_bwd(dy, dresidual, x, weight, None, rstd, normalized_shape, weight_offset, wanted, rms=True)[:2])
 
 
+def dropout_add_layer_norm_fwd(x, residual, weight, bias, seed, normalized_shape, eps, dropout_p):
+    weight, bias = _contiguous(weight, bias)
+    return _fwd(x, residual, weight, bias, normalized_shape, eps, 0.0, rms=False, seed=seed, dropout_p=dropout_p)
+
+
+def dropout_add_layer_norm_bwd(dy, dsum, s, weight, mean, rstd, seed, normalized_shape, dropout_p, wanted):
+    weight, mean, rstd = _contiguous(weight, mean, rstd)
+    return _dropout_bwd(dy, dsum, s, weight, mean, rstd, seed, normalized_shape, 0.0, dropout_p, wanted, rms=False)
+
+
+def dropout_add_rms_norm_fwd(x, residual, weight, seed, normalized_shape, eps, weight_offset, dropout_p):
+    (weight,) = _contiguous(weight)
+    settings = {"rms": True, "seed": seed, "dropout_p": dropout_p}
+    y, new_residual, _, rstd = _fwd(x, residual, weight, None, normalized_shape, eps, weight_offset, **settings)
+    return y, new_residual, rstd
+
+
+def dropout_add_rms_norm_bwd(dy, dsum, s, weight, rstd, seed, normalized_shape, weight_offset, dropout_p, wanted):
+    weight, rstd = _contiguous(weight, rstd)
+    settings = (normalized_shape, weight_offset, dropout_p, (*wanted, False))
+    return _dropout_bwd(dy, dsum, s, weight, None, rstd, seed, *settings, rms=True)[:3]
+
+
+def _dropout_bwd(dy, dsum, s, weight, mean, rstd, seed, normalized_shape, weight_offset, dropout_p, wanted, *, rms):
+    """dx, dresidual, dweight, dbias: dx is computed from dresidual, which is that of the sum."""
+    dropped = torch.empty(s.shape, dtype=s.dtype, device=s.device) if wanted[0] else None
+    of_norm = (wanted[0] or wanted[1], *wanted[2:])
+    settings = {"rms": rms, "dropped": dropped, "seed": seed, "dropout_p": dropout_p}
+    ds, *rest = _bwd(dy, dsum, s, weight, mean, rstd, normalized_shape, weight_offset, of_norm, **settings)
+    return (s.new_empty(0) if dropped is None else dropped, ds if wanted[1] else s.new_empty(0), *rest)
+
+
 def configurations():
     """For testing/triton_aot.py: every block size, and every flag at least once."""
     kinds = (("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp64", "fp64"))
@@ -138,10 +180,11 @@ def configurations():
         acc = "fp64" if data == "fp64" else "fp32"
         shared = {"ONE_BLOCK": cols <= block, "BLOCK_COLS": block, "ACC": tl.float64 if acc == "fp64" else tl.float32}
         for rms in (False, True):
-            flags = {"RMS": rms, "ADD": index % 2 == 0, "HAS_WEIGHT": True}
-            types = [data, data, weight, weight, data, data, acc, acc, *["scalar"] * 4, "i64", "i64", "i32"]
+            flags = {"RMS": rms, "ADD": index % 2 == 0, "DROPOUT": index % 2 == 0, "HAS_WEIGHT": True}
+            dropout = ["*i64", "i32", "i64"]
+            types = [data, data, weight, weight, data, data, acc, acc, *["scalar"] * 4, *dropout, "i64", "i64", "i32"]
             yield _norm_fwd_kernel, types, {**flags, "HAS_BIAS": not rms, **shared}, warps
-            types = [data, data, data, weight, acc, acc, data, acc, acc, "scalar", "scalar"]
+            types = [data, data, data, weight, acc, acc, data, data, acc, acc, "scalar", "scalar", *dropout]
             types += ["i64", "i64", "i64", "i32", "i32"]
             yield (
                 _norm_bwd_kernel,
