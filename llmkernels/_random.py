@@ -34,6 +34,11 @@ def threshold(p: float) -> int:
     return round(p * 2**24)
 
 
+def keep_scale(p: float) -> float:
+    """What a kept element is multiplied with; with p = 1 nothing is kept."""
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
 def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 

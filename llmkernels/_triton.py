@@ -25,6 +25,30 @@ def cast(value, to: tl.constexpr):
     return value.to(to)
 
 
+@triton.jit
+def kept(seed_ptr, numbers, cols, threshold):
+    """Which elements dropout keeps: llmkernels/_random.py. `numbers` (int64) and `cols` broadcast."""
+    z = tl.load(seed_ptr).to(tl.uint64, bitcast=True) + (numbers + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = z ^ (z >> 31)
+    h = cols.to(tl.uint32) + (z & 0xFFFFFFFF).to(tl.uint32)
+    h = ((h ^ (h >> 16)) * 0x21F0AAAD) ^ (z >> 32).to(tl.uint32)
+    h = (h ^ (h >> 15)) * 0x735A2D97
+    return ((h ^ (h >> 15)) >> 8).to(tl.int32) >= threshold
+
+
+@triton.jit
+def number(bits, to: tl.constexpr):
+    """The fp64 scalar argument that `bits_of` made an integer, rounded to `to`."""
+    return tl.full((), bits, tl.int64).to(tl.float64, bitcast=True).to(to)
+
+
+def bits_of(value: float) -> int:
+    """An fp64 scalar, at least 1, as the argument of a kernel: exactly, where an argument that is a float is fp32."""
+    return ctypes.c_int64.from_buffer(ctypes.c_double(value)).value
+
+
 def split_scalar(value: float) -> tuple[float, float]:
     """`value` as two numbers that fp32 arguments hold and whose sum it is, to 48 bits.
 

@@ -5,7 +5,9 @@ from llmkernels.ops.attention.op import AttentionFunction
 from llmkernels.ops.cross_entropy.linear_op import LinearCrossEntropyFunction
 from llmkernels.ops.cross_entropy.op import CrossEntropyFunction
 from llmkernels.ops.gated.op import GatedFunction
+from llmkernels.ops.lstm.gru import GRUFunction
 from llmkernels.ops.lstm.op import LSTMCellFunction, LSTMFunction
+from llmkernels.ops.norm.dropout import DropoutAddLayerNormFunction, DropoutAddRMSNormFunction
 from llmkernels.ops.norm.op import LayerNormFunction, RMSNormFunction
 from llmkernels.ops.rope.op import RopeFunction, RopeInplaceFunction
 from llmkernels.ops.softmax.op import SoftmaxFunction
@@ -14,6 +16,9 @@ __all__ = [
     "ActivationFunction",
     "AttentionFunction",
     "CrossEntropyFunction",
+    "DropoutAddLayerNormFunction",
+    "DropoutAddRMSNormFunction",
+    "GRUFunction",
     "GatedFunction",
     "LSTMCellFunction",
     "LSTMFunction",

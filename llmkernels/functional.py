@@ -9,7 +9,9 @@ from llmkernels.ops.cross_entropy.linear_op import linear_cross_entropy
 from llmkernels.ops.cross_entropy.op import cross_entropy
 from llmkernels.ops.gated.op import geglu, reglu, swiglu
 from llmkernels.ops.lstm.cell import lstm_cell
+from llmkernels.ops.lstm.gru import gru, gru_cell
 from llmkernels.ops.lstm.sequence import lstm
+from llmkernels.ops.norm.dropout import dropout_add_layer_norm, dropout_add_rms_norm
 from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from llmkernels.ops.rope.cache import rope_cache
 from llmkernels.ops.rope.op import rope, rope_
@@ -22,8 +24,12 @@ __all__ = [
     "attention_kvcache",
     "attention_varlen",
     "cross_entropy",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
     "geglu",
     "gelu",
+    "gru",
+    "gru_cell",
     "layer_norm",
     "linear_cross_entropy",
     "log_softmax",

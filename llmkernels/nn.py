@@ -3,17 +3,22 @@
 from llmkernels.ops.attention.module import MultiheadAttention
 from llmkernels.ops.cross_entropy.module import CrossEntropyLoss, LinearCrossEntropyLoss
 from llmkernels.ops.gated.module import SwiGLU
+from llmkernels.ops.lstm.gru_module import GRU, GRUCell
 from llmkernels.ops.lstm.module import LSTM, LSTMCell
+from llmkernels.ops.lstm.quantized import QuantizedLSTM
 from llmkernels.ops.norm.module import LayerNorm, RMSNorm
 from llmkernels.ops.rope.module import RotaryEmbedding
 
 __all__ = [
+    "GRU",
     "LSTM",
     "CrossEntropyLoss",
+    "GRUCell",
     "LSTMCell",
     "LayerNorm",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
+    "QuantizedLSTM",
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",

@@ -62,10 +62,12 @@ def test_bench_gives_no_time_to_a_wrong_answer(capsys, monkeypatch):
 def test_demo_quick(tmp_path, capsys):
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "demo.json").read_text())
-    assert result["agreement"]["agrees"] and result["restored"]["same_objects"]
-    assert len(result["losses"]["eager"]) == 8
+    assert list(result["models"]) == ["Transformer", "LSTM"]
+    for part in result["models"].values():
+        assert part["agreement"]["agrees"] and part["restored"]["same_objects"]
+        assert len(part["losses"]["eager"]) == 8
     assert (tmp_path / "demo.png").stat().st_size > 1000
-    assert "loss curves agree" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("loss curves agree") == 2
 
 
 def test_demo_on_a_users_text(tmp_path, capsys):

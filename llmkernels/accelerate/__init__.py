@@ -1,4 +1,4 @@
-"""`accelerate(model)`: run norms and attention of a model by llmkernels; `restore(model)` undoes it.
+"""`accelerate(model)`: run norms, attention and LSTMs of a model by llmkernels; `restore(model)` undoes it.
 
 A swap changes the class of a module object to a subclass of its own class with another forward. The object stays, and
 with it parameters, buffers, hooks, state_dict keys, attributes, ties, isinstance checks and every reference that
@@ -29,7 +29,8 @@ class Accelerated:
 
     def __reduce_ex__(self, protocol):
         # The subclass is made at run time, so a pickle or deep copy names the original class instead.
-        return _rebuild, (type(self)._original,), self.__dict__
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # object has none in 3.10
+        return _rebuild, (type(self)._original,), state
 
 
 @functools.cache
@@ -42,12 +43,13 @@ def _rebuild(original: type) -> nn.Module:
 
 
 def accelerate(model: nn.Module, *, backend: str | None = None) -> Report:
-    """Run norms and MultiheadAttention of `model` by llmkernels, in place, where it is verified to agree.
+    """Run norms, MultiheadAttention, LSTM and LSTMCell of `model` by llmkernels, in place, where verified to agree.
 
-    Found are torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.MultiheadAttention, RMS norms as Hugging Face models write
-    them (a `weight`, an eps, no other state; Llama's or Gemma's form), and what `@accelerate.rule(MyModule)` adds. Each
-    replacement is first run beside the original in fp64, fp32 and the module's own dtype; one that disagrees in any row
-    is refused. Dropout of attention is drawn from torch's generator, but it is not torch's bit for bit.
+    Found are torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.MultiheadAttention, torch.nn.LSTM, torch.nn.LSTMCell, RMS
+    norms as Hugging Face models write them (a `weight`, an eps, no other state; Llama's or Gemma's form), and what
+    `@accelerate.rule(MyModule)` adds. Each replacement is first run beside the original in fp64, fp32 and the module's
+    own dtype; one that disagrees in any row is refused. Dropout of attention is drawn from torch's generator, but it is
+    not torch's bit for bit; that of an LSTM on the CPU is.
 
     Args:
         model: any module; a second call on it reports the same and changes nothing more.
@@ -89,8 +91,13 @@ def _swap(path: str, module: nn.Module, found: list[Candidate], why: str, backen
 
 def _runs_on(module: nn.Module, candidate: Candidate, backend: str | None) -> tuple[str, str | None]:
     """The backend that would run the module, and None; or why there is nothing to gain."""
-    example = torch.empty((1, *candidate.normalized_shape), dtype=parameter_dtype(module), device=device_of(module))
-    explained = registry.explain_call(candidate.op, (*[example] * 3, None, None, None), backend)
+    if candidate.example is not None:
+        tensors = candidate.example(module)
+    else:
+        shape = (1, *candidate.normalized_shape)
+        example = torch.empty(shape, dtype=parameter_dtype(module), device=device_of(module))
+        tensors = (*[example] * 3, None, None, None)
+    explained = registry.explain_call(candidate.op, tensors, backend)
     if explained.chosen is None:
         return "", f"backend {backend!r} cannot run it: {explained.reasons[backend]}"
     if explained.chosen == "torch" and registry.forced_backend(backend) is None:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from llmkernels import functional
+from llmkernels.accelerate import recurrent
 from llmkernels.ops.attention.module import multihead_attention
+from llmkernels.ops.lstm.module import LSTMCell
 
 EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "rms_norm_eps")
 
@@ -22,12 +24,17 @@ def _one_tensor(module: nn.Module, forward: Callable, input: Tensor) -> Tensor:
     return forward(input)
 
 
+def _about_one(values: Tensor) -> Tensor:
+    return 1.0 + 0.5 * values
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A forward for a module: `run(module, *args, backend=..., **kwargs)` with the arguments of a call.
 
     `normalized_shape` says what to feed it when verifying. `probe(module, forward, input)` makes one tensor of what it
-    does with that, by default `forward(input)`.
+    does with that, by default `forward(input)`. `weights` makes parameters for that from normal values. `example` gives
+    the tensors with which the backends of `op` are asked whether they run it, by default rows of that shape.
     """
 
     op: str
@@ -35,6 +42,8 @@ class Candidate:
     normalized_shape: tuple[int, ...]
     run: Callable[..., Any]
     probe: Callable[[nn.Module, Callable, Tensor], Tensor] = _one_tensor
+    weights: Callable[[Tensor], Tensor] = _about_one
+    example: Callable[[nn.Module], tuple[Tensor | None, ...]] | None = None
 
 
 def _layer_norm(module, input: Tensor, backend: str | None) -> Tensor:
@@ -103,9 +112,13 @@ def rule(module_type: type) -> Callable:
 
 
 def is_norm_like(module: nn.Module) -> bool:
-    """Whether the report should say something about this module, a norm."""
-    known = type(module) in _user_rules or isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+    """Whether the report should say something about this module: a norm, or a kind of torch's LSTM."""
+    known = type(module) in _user_rules or isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _is_lstm(module)
     return known or ("norm" in type(module).__name__.lower() and not list(module.children()))
+
+
+def _is_lstm(module: nn.Module) -> bool:
+    return isinstance(module, (nn.LSTM, nn.LSTMCell)) and not isinstance(module, LSTMCell)
 
 
 def candidates(module: nn.Module) -> tuple[list[Candidate], str]:
@@ -121,6 +134,14 @@ def candidates(module: nn.Module) -> tuple[list[Candidate], str]:
     if type(module).forward is nn.MultiheadAttention.forward:
         op = "scaled_dot_product_attention"
         return [Candidate(op, "fused attention", (module.embed_dim,), multihead_attention, _attend)], ""
+    if type(module).forward is nn.LSTM.forward:
+        shape, options = (module.input_size,), (recurrent.probe_lstm, recurrent.gate_weights, recurrent.lstm_example)
+        return [Candidate("lstm", "lstm", shape, recurrent.lstm, *options)], ""
+    if type(module).forward is nn.LSTMCell.forward:
+        shape, options = (module.input_size,), (recurrent.probe_cell, recurrent.gate_weights, recurrent.cell_example)
+        return [Candidate("lstm_cell", "lstm_cell", shape, recurrent.lstm_cell, *options)], ""
+    if _is_lstm(module):
+        return [], "its forward is not torch's"
     return _structural(module)
 
 

@@ -23,7 +23,7 @@ def verify(module: nn.Module, candidate: Candidate, backend: str | None) -> tupl
     worst = 0.0
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         for dtype in (torch.float64, torch.float32):
-            original = _randomised(module, dtype)
+            original = _randomised(module, dtype, candidate)
             x = _inputs(candidate.normalized_shape, dtype, device_of(module))
             problem, error = _compare(
                 original, candidate, x, backend, _TOLERANCE[dtype], gradients=dtype == torch.float64
@@ -53,15 +53,17 @@ def _copy(module: nn.Module) -> nn.Module:
     }
     duplicate._buffers = {name: None if b is None else b.detach().clone() for name, b in module._buffers.items()}
     duplicate._modules = {name: None if m is None else _copy(m) for name, m in module._modules.items()}
+    if isinstance(duplicate, nn.RNNBase):
+        duplicate._init_flat_weights()  # torch's forward reads the parameters from a list
     return duplicate
 
 
-def _randomised(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _randomised(module: nn.Module, dtype: torch.dtype, candidate: Candidate) -> nn.Module:
     duplicate = _copy(module).to(dtype)
     generator = torch.Generator().manual_seed(1)
     for parameter in duplicate.parameters():
-        values = 1.0 + 0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data = values.to(parameter)
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data = candidate.weights(values).to(parameter)
     return duplicate
 
 

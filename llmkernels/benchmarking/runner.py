@@ -91,7 +91,13 @@ def measure(cases, bench, case, mode: str, device: str, *, seconds: float, compi
     """Check and time one case in one mode: "fwd", "fwd+bwd", or "call" (no gradient, many short calls)."""
     functions = candidates_of(cases, bench, case, device, compiled=compiled)
     inputs = cases.make_inputs(case, device, seed=1)
-    wrong = _wrong(cases, case, inputs, functions)
+    plain = bench.without_chance(case) if hasattr(bench, "without_chance") else case
+    if plain == case:
+        wrong = _wrong(cases, case, inputs, functions)
+    else:
+        wrong = _wrong(cases, case, inputs, {name: functions[name] for name in functions if name in registry.BACKENDS})
+        peers = bench.peers(plain).items()
+        wrong |= _wrong(cases, plain, inputs, {name: function for name, function in peers if name in functions})
     functions = {name: function for name, function in functions.items() if name not in wrong}
     if mode != "fwd+bwd":
         functions |= _right(cases, case, inputs, bench.forward_peers(case, device), wrong)

@@ -1,21 +1,26 @@
-"""`llmkernels demo`: train a small language model on real text, in eager PyTorch and after `accelerate(model)`."""
+"""`llmkernels demo`: train small language models on real text, in eager PyTorch and after `accelerate(model)`.
+
+A Transformer and an LSTM, each on the same bytes, judged alike.
+"""
 
 import copy
 import json
 import statistics
+import time
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor, nn
 
 import llmkernels
 from llmkernels import machine
 from llmkernels.cli import UsageError
 from llmkernels.cli.console import make_console
 from llmkernels.demo import text as source
-from llmkernels.demo.model import LanguageModel
+from llmkernels.demo.model import LanguageModel, LSTMLanguageModel
 from llmkernels.demo.picture import draw
 from llmkernels.demo.train import Run, agreement, bits_per_byte, lockstep
 
@@ -63,25 +68,45 @@ def run(args) -> int:
     size, length = (4, 64) if args.quick else (8, 256)
     steps = args.steps or (8 if args.quick else 100)
     threads = args.threads or torch.get_num_threads()
-    torch.manual_seed(args.seed)
-    model = LanguageModel(64, 2, 4, length) if args.quick else LanguageModel(length=length)
-    model.to(args.device)
+    config = {"steps": steps, "batch": size, "length": length, "threads": threads, "seed": args.seed,
+              "other_threads": 1 if threads > 1 else 2, "device": args.device,
+              "text": str(args.text or "standard library")}  # fmt: skip
+    console.print(f"{len(train):,} bytes to train on, {len(held_out):,} held out")
+    makers = {
+        "Transformer": lambda: LanguageModel(64, 2, 4, length) if args.quick else LanguageModel(length=length),
+        "LSTM": lambda: LSTMLanguageModel(64) if args.quick else LSTMLanguageModel(),
+    }
+    parts = {}
+    for name, make in makers.items():
+        torch.manual_seed(args.seed)
+        parts[name] = _part(console, name, make().to(args.device), (train, held_out), config, args.quick)
+    result = {"machine": machine.facts(), "config": config, "models": parts}
+    (args.out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, args.out / "demo.png")
+    console.print(f"\nwritten: {args.out / 'demo.json'}, {args.out / 'demo.png'}")
+    good = all(part["agreement"]["agrees"] and part["restored"]["same_objects"] for part in parts.values())
+    return 0 if good else 1
+
+
+def _part(console: Console, title: str, model: nn.Module, data: tuple[Tensor, Tensor], config: dict,
+          quick: bool) -> dict:  # fmt: skip
+    """Train `model` in eager PyTorch and after accelerate(), print what came of it and return it for the JSON."""
+    (train, held_out), device, seed = data, config["device"], config["seed"]
+    steps, size, length, threads = (config[name] for name in ("steps", "batch", "length", "threads"))
     eager, other, fast = model, copy.deepcopy(model), copy.deepcopy(model)
     objects = [(id(module), type(module)) for module in fast.modules()]
     report = llmkernels.accelerate(fast)
-    parameters = sum(p.numel() for p in model.parameters())
-    console.print(f"{len(train):,} bytes to train on, {len(held_out):,} held out; {parameters:,} parameters")
+    console.rule(f"{title}: {sum(p.numel() for p in model.parameters()):,} parameters")
     console.print(report)
     note = None
     if not report.swapped:
         note = "nothing was swapped, so before and after are the same program: any difference in speed is noise"
         console.print(note)
 
-    other_threads = 1 if threads > 1 else 2
     runs = [
         Run("eager", eager, threads),
         Run("accelerated", fast, threads),
-        Run("eager, other thread count", other, other_threads),
+        Run("eager, other thread count", other, config["other_threads"]),
     ]
     columns = (
         "{task.description}",
@@ -91,10 +116,12 @@ def run(args) -> int:
         TimeRemainingColumn(),
     )
     columns = tuple(TextColumn(column) if isinstance(column, str) else column for column in columns)
+    begin = time.perf_counter()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training, in turns", total=steps, loss=0.0)
-        for _ in lockstep(runs, train, steps, size, length, args.seed, args.device):
+        for _ in lockstep(runs, train, steps, size, length, seed, device):
             progress.update(task, advance=1, loss=runs[1].losses[-1])
+    seconds = time.perf_counter() - begin
     torch.set_num_threads(threads)
 
     verdict = agreement(*(run.losses for run in runs))
@@ -105,17 +132,11 @@ def run(args) -> int:
         "p10": ratios[len(ratios) // 10],
         "p90": ratios[-1 - len(ratios) // 10],
     }
-    bits = {
-        run.name: bits_per_byte(run.model, held_out, size, length, 4 if args.quick else 16, args.device)
-        for run in runs[:2]
-    }
+    bits = {run.name: bits_per_byte(run.model, held_out, size, length, 4 if quick else 16, device) for run in runs[:2]}
     speeds = {run.name: size * length / statistics.median(run.seconds[warm]) for run in runs[:2]}
     restored = llmkernels.restore(fast)
     same = [(id(module), type(module)) for module in fast.modules()] == objects
-    result = {
-        "machine": machine.facts(),
-        "config": {"steps": steps, "batch": size, "length": length, "threads": threads, "seed": args.seed,
-                   "other_threads": other_threads, "device": args.device, "text": str(args.text or "standard library")},
+    part = {
         "report": report.to_dict(),
         "note": note,
         "losses": {run.name: run.losses for run in runs},
@@ -124,29 +145,26 @@ def run(args) -> int:
         "speedup": speedup,
         "bits_per_byte": bits,
         "restored": {"modules": restored, "same_objects": same},
-    }  # fmt: skip
-    (args.out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, args.out / "demo.png")
-    _print(console, result)
-    prompt = b"import "
-    sample = fast.sample(prompt, 40 if args.quick else 160, torch.Generator().manual_seed(args.seed))
+        "seconds": seconds,
+    }
+    _print(console, part, f"{title}, {threads} threads, {steps} steps")
+    sample = fast.sample(b"import ", 40 if quick else 160, torch.Generator().manual_seed(seed))
     console.print("\nthe model, asked to continue 'import ':", style="bold")
     console.print(sample.decode("utf-8", "replace"), markup=False, highlight=False)
-    console.print(f"\nwritten: {args.out / 'demo.json'}, {args.out / 'demo.png'}")
-    return 0 if verdict.agrees and same else 1
+    return part
 
 
-def _print(console: Console, result: dict) -> None:
-    table = Table(title=f"{result['config']['threads']} threads, {result['config']['steps']} steps")
+def _print(console: Console, part: dict, title: str) -> None:
+    table = Table(title=title)
     for column in ("", "eager", "accelerated"):
         table.add_column(column, justify="left" if not column else "right")
-    speeds, bits, losses = result["tokens_per_second"], result["bits_per_byte"], result["losses"]
+    speeds, bits, losses = part["tokens_per_second"], part["bits_per_byte"], part["losses"]
     names = ("eager", "accelerated")
     table.add_row("tokens per second (median step)", *(f"{speeds[name]:,.0f}" for name in names))
     table.add_row("last training loss (nats per byte)", *(f"{losses[name][-1]:.5f}" for name in names))
     table.add_row("held-out loss (bits per byte)", *(f"{bits[name]:.4f}" for name in names))
     console.print(table)
-    speedup, verdict = result["speedup"], result["agreement"]
+    speedup, verdict = part["speedup"], part["agreement"]
     console.print(
         f"speed-up, step by step: {speedup['median']:.2f}x (p10 {speedup['p10']:.2f}, p90 {speedup['p90']:.2f})"
     )
@@ -155,6 +173,6 @@ def _print(console: Console, result: dict) -> None:
         f"loss curves {word}: apart by {verdict['difference']:.1e} at most, allowed {verdict['allowed']:.1e} "
         f"(two eager runs with different thread counts: {verdict['spread']:.1e})"
     )
-    restored = result["restored"]
+    restored = part["restored"]
     state = "the same objects as before" if restored["same_objects"] else "NOT the same objects"
     console.print(f"restore(model): {restored['modules']} modules restored, {state}")

@@ -1,4 +1,4 @@
-"""A small byte-level Transformer language model in plain PyTorch: pre-norm, RMSNorm, causal attention."""
+"""Small byte-level language models in plain PyTorch: a Transformer (pre-norm, RMSNorm, causal attention), an LSTM."""
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,34 @@ class LanguageModel(nn.Module):
         """`prompt` continued by `count` bytes at temperature 0.7."""
         tokens = torch.tensor([list(prompt)], device=self.head.weight.device)
         for _ in range(count):
-            logits = self(tokens[:, -self.length :])[0, -1].float().cpu()
-            tokens = torch.cat(
-                [tokens, torch.multinomial((logits / 0.7).softmax(0), 1, generator=generator)[None].to(tokens)], 1
-            )
+            tokens = torch.cat([tokens, _next(self(tokens[:, -self.length :]), generator)], 1)
         return bytes(tokens[0].tolist())
+
+
+class LSTMLanguageModel(nn.Module):
+    """Logits over 256 bytes, `[B, S, 256]`, for bytes `[B, S]`, from layers of LSTM."""
+
+    def __init__(self, dim: int = 256, layers: int = 2):
+        super().__init__()
+        self.bytes, self.head = nn.Embedding(256, dim), nn.Linear(dim, 256)
+        self.lstm = nn.LSTM(dim, dim, layers, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.lstm(self.bytes(tokens))[0])
+
+    @torch.no_grad()
+    def sample(self, prompt: bytes, count: int, generator: torch.Generator) -> bytes:
+        """`prompt` continued by `count` bytes at temperature 0.7; the state is handed on from byte to byte."""
+        tokens, state = torch.tensor([list(prompt)], device=self.head.weight.device), None
+        unread = tokens
+        for _ in range(count):
+            output, state = self.lstm(self.bytes(unread), state)
+            unread = _next(self.head(output), generator)
+            tokens = torch.cat([tokens, unread], 1)
+        return bytes(tokens[0].tolist())
+
+
+def _next(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """`[1, 1]`: a byte to follow the last of `[1, S, 256]`."""
+    probabilities = (logits[0, -1].float().cpu() / 0.7).softmax(0)
+    return torch.multinomial(probabilities, 1, generator=generator)[None].to(logits.device)

@@ -12,7 +12,7 @@ from llmkernels.testing.inputs import outputs_and_gradients, short_name
 
 def _wrong(case, inputs, *, bessel=False, eps_factor=1.0, scale=1.0, last_column=True, mean_shift=0.0, keep_bias=True):
     def formula(leaves):
-        x = leaves.x if not case.adds else leaves.x + leaves.residual
+        x = cases.summed(case, leaves)
         wide = x.float()
         cols = case.cols if last_column else case.cols - 1
         seen = wide[..., :cols]

@@ -20,6 +20,8 @@ KINDS = [
     cases.NormCase("layer_norm", (9, 72), (72,), torch.bfloat16),
     cases.NormCase("add_layer_norm", (5, 33), (33,), torch.float32),
     cases.NormCase("add_rms_norm", (3, 4096), (4096,), torch.float16),
+    cases.NormCase("dropout_add_layer_norm", (3, 4096), (4096,), torch.bfloat16),
+    cases.NormCase("dropout_add_rms_norm", (5, 33), (33,), torch.float64),
     cases.NormCase("rms_norm", (3, 1025), (1025,), torch.float32),
     cases.NormCase("add_layer_norm", (2, 24_576), (24_576,), torch.float32),
 ]
@@ -68,7 +70,7 @@ def test_report_counts_every_kernel():
     sources = (path.read_text() for path in sim.ROOT.glob("csrc/ops/*/*.cu"))
     kernels = {name for source in sources for name in re.findall(r"__global__[^{]* (\w+_kernel)\(", source)}
     assert len(kernels) > 20 and set(re.findall(r"^(\w+_kernel)\b", run.stdout, re.M)) == kernels - NOT_REPORTED
-    assert "norm_bwd_kernel<__nv_bfloat16, 1, 8, 1, false>" in run.stdout and "::" not in run.stdout
+    assert "norm_bwd_kernel<__nv_bfloat16, 1, 8, 1, false, false>" in run.stdout and "::" not in run.stdout
     assert "lstm: backend 'cuda-sim-sm80' cannot run this call" in run.stdout
 
 

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.skipif(simulated.absent(NAMES[0]) is not None, reason=f
 CASES = [
     cases.NormCase("layer_norm", (5, 33), (33,), torch.float64),
     cases.NormCase("add_layer_norm", (7, 40), (40,), torch.float32, weight=False, bias=False),
+    cases.NormCase("dropout_add_layer_norm", (5, 33), (33,), torch.float64),
+    cases.NormCase("dropout_add_rms_norm", (7, 40), (40,), torch.bfloat16),
     cases.NormCase("add_layer_norm", (6, 100), (100,), torch.bfloat16, data="offset"),
     cases.NormCase("layer_norm", (3, 72), (72,), torch.float16, weight_dtype=torch.float32, bias=False),
     cases.NormCase("rms_norm", (5, 40), (40,), torch.float16, weight_offset=1.0),
@@ -188,7 +190,7 @@ def test_lstm_cell_matches_fp64_truth(case, backend):
     assert failures(judge(lstm, case, backend)) == []
 
 
-@pytest.mark.parametrize("op", ("layer_norm", "add_rms_norm"))
+@pytest.mark.parametrize("op", ("layer_norm", "add_rms_norm", "dropout_add_layer_norm"))
 def test_rows_longer_than_a_block(op, backend, monkeypatch):
     from llmkernels.ops.norm import triton_kernels
 

@@ -13,4 +13,20 @@ inline const char* ask_gpu(int device, Gpu& gpu) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// What a planner has to know that keeps data in shared memory: how much of it there is.
+inline const char* ask_shared(int device, Gpu& gpu) {
+  int value = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  gpu.shared_per_block = value;
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    gpu.shared_per_multiprocessor = value;
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&value, cudaDevAttrReservedSharedMemoryPerBlock, device);
+    gpu.shared_reserved = value;
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 }  // namespace llmkernels::cuda

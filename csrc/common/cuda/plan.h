@@ -8,6 +8,10 @@ namespace llmkernels::cuda {
 
 struct Gpu {
   int multiprocessors;
+  // Bytes of shared memory; known where the planner asks for it (ask_shared in gpu.h).
+  int64_t shared_per_block = 0;
+  int64_t shared_per_multiprocessor = 0;
+  int64_t shared_reserved = 0;  // of every block, by the system
 };
 
 struct Launch {

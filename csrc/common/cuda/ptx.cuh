@@ -160,6 +160,23 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+// ---- "red", "ld": words in global memory by which blocks of a grid wait for each other ----
+
+// Adds, and makes everything that this thread wrote or has seen (what is ordered before it by a barrier of the block
+// too) visible to whoever acquires the word.
+__device__ inline void red_add_release_gpu(unsigned* word, unsigned value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(word)), "r"(value)
+               : "memory");
+}
+__device__ inline unsigned ld_acquire_gpu(const unsigned* word) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+               : "=r"(value)
+               : "l"(__cvta_generic_to_global(word))
+               : "memory");
+  return value;
+}
+
 // "bar": a barrier of `threads` threads (a multiple of 32) that need not be the whole block. Barrier 0 is
 // __syncthreads.
 __device__ inline void named_barrier_sync(int barrier, int threads) {

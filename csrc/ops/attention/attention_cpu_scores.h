@@ -159,10 +159,10 @@ inline bool mask_shows(const AttentionInputs& in, const ScoreRow* rows, int64_t 
   return false;
 }
 
-// The keys [c0, c1) of the block of `size` from `key` on that some of `count` rows sees, rounded outwards to vectors;
-// false: none. `keys`: how many the sequence has.
+// The keys [c0, c1) of the block of `size` from `key` on that some of `count` rows sees, rounded outwards to `step`, a
+// multiple of the lanes; false: none. `keys`: how many the sequence has.
 inline bool seen_keys(const AttentionInputs& in, const ScoreRow* rows, int64_t count, int64_t key, int64_t size,
-                      int64_t keys, int64_t& c0, int64_t& c1) {
+                      int64_t keys, int64_t step, int64_t& c0, int64_t& c1) {
   constexpr int n = kLanes<float>;
   int64_t low = key + size, high = key;
   for (int64_t r = 0; r < count; ++r) {
@@ -179,7 +179,10 @@ inline bool seen_keys(const AttentionInputs& in, const ScoreRow* rows, int64_t c
     while (c0 < c1 && !mask_shows(in, rows, count, key + c0, keys)) c0 += n;
     while (c0 < c1 && !mask_shows(in, rows, count, key + c1 - n, keys)) c1 -= n;
   }
-  return c0 < c1;
+  const bool any = c0 < c1;
+  c0 = c0 / step * step;
+  c1 = round_up(c1, step);
+  return any;
 }
 
 template <class M>

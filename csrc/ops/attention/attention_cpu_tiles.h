@@ -143,7 +143,7 @@ class BackwardTiles {
 
   bool tile_is_seen(const QueryBlock<T>& block, const Sequence& seq, int64_t key) const {
     int64_t c0, c1;
-    return seen_keys(in, block.rows, block.count, key, kBwdKeys, seq.keys, c0, c1);
+    return seen_keys(in, block.rows, block.count, key, kBwdKeys, seq.keys, n, c0, c1);
   }
 
   int chunk_of(const QueryBlock<T>& block, int64_t r) const {
@@ -156,7 +156,7 @@ class BackwardTiles {
     for (int64_t r = 0; r < block.count; r += kTileRows) {
       const int rows = chunk_of(block, r);
       int64_t c0, c1;
-      const bool any = seen_keys(in, block.rows + r, rows, key, kBwdKeys, seq.keys, c0, c1);
+      const bool any = seen_keys(in, block.rows + r, rows, key, kBwdKeys, seq.keys, n, c0, c1);
       if (!any) c0 = c1 = 0;
       if (any) {
         const int64_t soon = block.count - r - rows < kTileRows ? block.count - r - rows : kTileRows;

@@ -231,8 +231,7 @@ class FwdTask {
     for (int64_t r = 0; r < count; r += kTileRows) {
       const int rows = static_cast<int>(count - r < kTileRows ? count - r : kTileRows);
       int64_t c0, c1;
-      if (!seen_keys(in, memory.rows + r, rows, key, kBlockKeys, end, c0, c1)) continue;
-      c0 = c0 / kKeyStep * kKeyStep, c1 = round_up(c1, kKeyStep);
+      if (!seen_keys(in, memory.rows + r, rows, key, kBlockKeys, end, kKeyStep, c0, c1)) continue;
       if (!memory.is_packed[block]) {
         memory.is_packed[block] = 1;
         pack_transposed<C, T>([&](int64_t i) { return keys(key + i); }, there, in.D, k, kBlockKeys);
@@ -256,7 +255,7 @@ class FwdTask {
     for (int64_t r = 0; r < count; r += kDirectTileRows) {
       const int rows = static_cast<int>(count - r < kDirectTileRows ? count - r : kDirectTileRows);
       int64_t c0, c1;
-      if (!seen_keys(in, memory.rows + r, rows, key, kBlockKeys, end, c0, c1)) continue;
+      if (!seen_keys(in, memory.rows + r, rows, key, kBlockKeys, end, kKeyStep, c0, c1)) continue;
       const int64_t from = low - key > c0 ? low - key : c0, to = high - key < c1 ? high - key : c1;
       if (from >= to) continue;
       // The first rows fetch for all.

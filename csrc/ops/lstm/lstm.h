@@ -84,4 +84,35 @@ struct LSTMBwdParams {
   DType dtype;
 };
 
+// One step of the recurrence behind its product, where that is a matrix product of its own. Rows are the sequences of
+// the step; c and its gradient go from step to step in Acc.
+struct LSTMStepFwdParams {
+  const void* gates_x;  // [rows, 4 * hidden]  T
+  const void* gates_h;  // [rows, 4 * hidden]  T
+  void* c;              // [rows, hidden]      Acc, before the step and then after it
+  void* m;              // [rows, hidden]      T
+  void* gates;          // [rows, 4 * hidden]  T, activated; null: not wanted
+  void* cells;          // [rows, hidden]      Acc, c after the step; null: not wanted
+  int64_t rows;
+  int64_t hidden;
+  DType dtype;
+};
+
+struct LSTMStepBwdParams {
+  const void* dm;      // [rows, hidden]      T
+  const void* dy;      // [rows, hidden]      T, arrives at m as well; null: zero
+  const void* dcells;  // [rows, hidden]      Acc; null: zero
+  void* dc;            // [rows, hidden]      Acc, at c after the step and then before it
+  const void* gates;   // [rows, 4 * hidden]  T, activated
+  const void* cells;   // [rows, hidden]      Acc, c after the step
+  const void* before;  // [known, hidden]     Acc, c before the step, of the first rows
+  const void* c0;      // [rows, hidden]      T, that of the others
+  void* dgates;        // [rows, 4 * hidden]  T
+  void* m;             // [rows, hidden]      T, as forward; null: not wanted
+  int64_t known;
+  int64_t rows;
+  int64_t hidden;
+  DType dtype;
+};
+
 }  // namespace llmkernels

@@ -1,4 +1,4 @@
-// On which grid an lstm_cell kernel runs: a pure function of the params and the GPU.
+// On which grid an lstm_cell kernel, or one step of a recurrence, runs: a pure function of the params and the GPU.
 #pragma once
 
 #include <algorithm>
@@ -46,6 +46,20 @@ inline LSTMCellPlan plan_lstm_cell_bwd(const LSTMCellBwdParams& p, const Gpu& gp
   const int64_t bytes = element_bytes(p.dtype), vector = bytes * lstm_units(bytes);
   const bool wide = all_aligned(vector, p.dh, p.dc, p.gates, p.c, p.next_c, p.dgates, p.dlast_c);
   return plan_lstm_cell(p.batch, p.hidden, bytes, wide, gpu);
+}
+
+// Vectors of Acc have as many elements, and up to twice the bytes, of which 16 are one load.
+inline LSTMCellPlan plan_lstm_step_fwd(const LSTMStepFwdParams& p, const Gpu& gpu) {
+  const int64_t bytes = element_bytes(p.dtype), vector = bytes * lstm_units(bytes);
+  const bool wide = all_aligned(vector, p.gates_x, p.gates_h, p.m, p.gates) && all_aligned(16, p.c, p.cells);
+  return plan_lstm_cell(p.rows, p.hidden, bytes, wide, gpu);
+}
+
+inline LSTMCellPlan plan_lstm_step_bwd(const LSTMStepBwdParams& p, const Gpu& gpu) {
+  const int64_t bytes = element_bytes(p.dtype), vector = bytes * lstm_units(bytes);
+  const bool wide = all_aligned(vector, p.dm, p.dy, p.gates, p.c0, p.dgates, p.m) &&
+                    all_aligned(16, p.dcells, p.dc, p.cells, p.before);
+  return plan_lstm_cell(p.rows, p.hidden, bytes, wide, gpu);
 }
 
 }  // namespace llmkernels::cuda

@@ -1,17 +1,11 @@
 // The norm family for CPU tensors: at::parallel_for over rows, the kernels compiled for this CPU's instruction set.
-#include <torch/library.h>
-
 #include "common/cpu/isa.h"
 #include "ops/norm/norm_cpu.h"
-#include "ops/norm/norm_torch.h"
+#include "ops/norm/norm_ops.h"
 #include "torch/cpu.h"
 
 namespace llmkernels {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-constexpr int64_t kWidenRows = 64;  // converting the parameters once costs about as much as 64 rows do
 
 int64_t grain_rows(int64_t cols) { return cols > 0 ? std::max<int64_t>(1, kGrainElements / cols) : kGrainElements; }
 
@@ -42,49 +36,19 @@ void run_bwd(NormBwdParams& p, MakePartial&& make_partial) {
   });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> layer_norm_fwd(
-    const at::Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
-    at::IntArrayRef normalized_shape, double eps) {
-  return norm_fwd_call("layer_norm_fwd", NormKind::kLayerNorm, x, get(residual), get(weight), get(bias),
-                       normalized_shape, eps, 0.0, kWidenRows, run_fwd);
-}
+struct OnCpu {
+  static constexpr int64_t kWidenRows = 64;  // converting the parameters once costs about as much as 64 rows do
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_bwd(
-    const at::Tensor& dy, const OptionalTensor& dresidual, const at::Tensor& x, const OptionalTensor& weight,
-    const at::Tensor& mean, const at::Tensor& rstd, at::IntArrayRef normalized_shape, std::array<bool, 3> wanted) {
-  return norm_bwd_call("layer_norm_bwd", NormKind::kLayerNorm, dy, get(dresidual), x, get(weight), &mean, rstd,
-                       normalized_shape, 0.0, wanted,
-                       [](NormBwdParams& p, auto&& make_partial) { run_bwd(p, make_partial); });
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm_fwd(const at::Tensor& x, const OptionalTensor& residual,
-                                                            const OptionalTensor& weight,
-                                                            at::IntArrayRef normalized_shape, double eps,
-                                                            double weight_offset) {
-  auto [y, new_residual, mean, rstd] = norm_fwd_call("rms_norm_fwd", NormKind::kRmsNorm, x, get(residual), get(weight),
-                                                     nullptr, normalized_shape, eps, weight_offset, kWidenRows,
-                                                     run_fwd);
-  return {y, new_residual, rstd};
-}
-
-std::tuple<at::Tensor, at::Tensor> rms_norm_bwd(const at::Tensor& dy, const OptionalTensor& dresidual,
-                                                const at::Tensor& x, const OptionalTensor& weight,
-                                                const at::Tensor& rstd, at::IntArrayRef normalized_shape,
-                                                double weight_offset, std::array<bool, 2> wanted) {
-  auto [dx, dweight, dbias] =
-      norm_bwd_call("rms_norm_bwd", NormKind::kRmsNorm, dy, get(dresidual), x, get(weight), nullptr, rstd,
-                    normalized_shape, weight_offset, {wanted[0], wanted[1], false},
-                    [](NormBwdParams& p, auto&& make_partial) { run_bwd(p, make_partial); });
-  return {dx, dweight};
-}
+  OnCpu(const char*, const at::Tensor&) {}
+  void fwd(const NormFwdParams& p) const { run_fwd(p); }
+  template <class MakePartial>
+  void bwd(NormBwdParams& p, MakePartial&& make_partial) const {
+    run_bwd(p, make_partial);
+  }
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(llmkernels_cpu, CPU, m) {
-  m.impl("layer_norm_fwd", layer_norm_fwd);
-  m.impl("layer_norm_bwd", layer_norm_bwd);
-  m.impl("rms_norm_fwd", rms_norm_fwd);
-  m.impl("rms_norm_bwd", rms_norm_bwd);
-}
+TORCH_LIBRARY_IMPL(llmkernels_cpu, CPU, m) { NormOps<OnCpu>::define(m); }
 
 }  // namespace llmkernels

@@ -75,7 +75,7 @@ inline NormBwdPlan plan_norm_bwd(const NormBwdParams& p, const Gpu& gpu) {
   wide &= rows_are_wide(p.x, p.x_row_stride, p.rows, bytes);
   wide &= rows_are_wide(p.dy, p.dy_row_stride, p.rows, bytes);
   wide &= rows_are_wide(p.dresidual, p.dresidual_row_stride, p.rows, bytes);
-  wide &= aligned(p.weight, 16) && aligned(p.dx, 16);
+  wide &= aligned(p.weight, 16) && aligned(p.dx, 16) && aligned(p.dx_dropped, 16);
   NormBwdPlan plan{};
   plan.rows = plan_rows(p.rows, p.cols, bytes, wide, kNormBwdVectors, kNormBwdThreadsPerSm, gpu);
   // Without sums in registers nothing holds more than 2,048 threads back.

@@ -3,12 +3,32 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <tuple>
 
 #include "ops/norm/norm.h"
 #include "torch/checks.h"
 
 namespace llmkernels {
+
+// What a call drops, if anything.
+struct NormDropout {
+  const at::Tensor* seed = nullptr;
+  double p = 0.0;
+
+  // Fills the fields of NormFwdParams or NormBwdParams.
+  template <class Params>
+  void describe(const char* op, const at::Tensor& x, Params& params) const {
+    if (seed == nullptr) return;
+    check_device(op, "seed", *seed, x.device());
+    check_dtype(op, "seed", *seed, at::kLong);
+    check_shape(op, "seed", *seed, {});
+    TORCH_CHECK_VALUE(p >= 0.0 && p <= 1.0, op, ": dropout_p is ", p, ", expected a probability between 0 and 1");
+    params.seed = seed->data_ptr<int64_t>();
+    params.dropout_threshold = static_cast<uint32_t>(std::nearbyint(p * 16777216.0));
+    params.dropout_scale = p < 1.0 ? 1.0 / (1.0 - p) : 0.0;
+  }
+};
 
 // How a call's tensors lie: rows x cols, and the shape of the statistics.
 struct NormShape {
@@ -47,7 +67,8 @@ inline at::Tensor widened(const at::Tensor& parameter, const at::Tensor& x, bool
 template <class Run>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_fwd_call(
     const char* op, NormKind kind, const at::Tensor& x, const at::Tensor* residual, const at::Tensor* weight,
-    const at::Tensor* bias, at::IntArrayRef normalized_shape, double eps, double weight_offset, int64_t widen_rows, Run&& run) {
+    const at::Tensor* bias, at::IntArrayRef normalized_shape, double eps, double weight_offset, int64_t widen_rows, Run&& run,
+    const NormDropout& dropout = {}) {
   NormFwdParams p{};
   p.dtype = dtype_of(op, "x", x);
   const NormShape shape(op, x, normalized_shape);
@@ -83,16 +104,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_fwd_call(
   p.weight_offset = weight_offset;
   p.weight_dtype = w.defined() ? dtype_of(op, "weight", w) : p.dtype;
   p.kind = kind;
+  dropout.describe(op, x, p);
   if (p.rows > 0) run(p);
   return {y, new_residual, mean, rstd};
 }
 
-// `run(params, make_partial)` fills the outputs; make_partial(blocks) allocates the workspace.
+// The gradients of a call: of s, of dropout's input, of the parameters; what is not wanted is empty.
+struct NormGradients {
+  at::Tensor dx, dx_dropped, dweight, dbias;
+};
+
+// `run(params, make_partial)` fills the outputs; make_partial(blocks) allocates the workspace. `wanted`: of the
+// gradients of s, weight and bias.
 template <class Run>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_bwd_call(
+NormGradients norm_bwd_call(
     const char* op, NormKind kind, const at::Tensor& dy, const at::Tensor* dresidual, const at::Tensor& x,
     const at::Tensor* weight, const at::Tensor* mean, const at::Tensor& rstd, at::IntArrayRef normalized_shape,
-    double weight_offset, std::array<bool, 3> wanted, Run&& run) {
+    double weight_offset, std::array<bool, 3> wanted, Run&& run, const NormDropout& dropout = {},
+    bool dropped_wanted = false) {
   NormBwdParams p{};
   p.dtype = dtype_of(op, "x", x);
   const NormShape shape(op, x, normalized_shape);
@@ -114,6 +143,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_bwd_call(
   const at::TensorOptions options = x.options();
   const at::TensorOptions parameter = w.defined() ? w.options() : options;
   at::Tensor dx = empty(wanted[0] ? shape.sizes : at::IntArrayRef{0}, options);
+  at::Tensor dx_dropped = empty(dropped_wanted ? shape.sizes : at::IntArrayRef{0}, options);
   at::Tensor dweight = wanted[1] ? empty(shape.normalized, parameter) : empty({0}, options);
   at::Tensor dbias = wanted[2] ? empty(shape.normalized, parameter) : empty({0}, options);
 
@@ -134,6 +164,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_bwd_call(
   p.weight_offset = weight_offset;
   p.weight_dtype = w.defined() ? dtype_of(op, "weight", w) : p.dtype;
   p.kind = kind;
+  dropout.describe(op, x, p);
+  p.dx_dropped = dropped_wanted ? dx_dropped.data_ptr() : nullptr;
   at::Tensor workspace;
   const auto make_partial = [&](int64_t blocks) {
     p.partial_blocks = blocks;
@@ -142,7 +174,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_bwd_call(
     p.partial = workspace.data_ptr();
   };
   if (p.cols > 0) run(p, make_partial);
-  return {dx, dweight, dbias};
+  return {dx, dx_dropped, dweight, dbias};
 }
 
 }  // namespace llmkernels

@@ -5,14 +5,13 @@ keys, triton_dmask.py dmask by blocks of the mask. Scores are computed again in 
 import triton
 import triton.language as tl
 
-from llmkernels._triton import cast
+from llmkernels._triton import cast, kept
 from llmkernels.ops.attention.triton_common import (
     dot,
     edge_block,
     finite,
     first_stat,
     head_value,
-    kept,
     key_blocks,
     load_stats,
     load_tile,

@@ -1,4 +1,4 @@
-"""What the attention kernels in Triton share: tiles of scores with every option, dropout, ranges of blocks.
+"""What the attention kernels in Triton share: tiles of scores with every option, ranges of blocks.
 
 Rows are queries and columns keys of one sequence. Their lanes in a tile are [BLOCK_M, 1] and [1, BLOCK_N], or, where a
 kernel computes the transposed scores, [1, BLOCK_M] and [BLOCK_N, 1]: what they combine to has the shape of products.
@@ -215,16 +215,3 @@ def scores(products, first_row, first_col, row_lanes, col_lanes, mask_ptr, mask_
 def finite(row_max):
     """What is subtracted of the scores: those of a row without keys stay -inf."""
     return tl.where(row_max == float("-inf"), 0.0, row_max)
-
-
-@triton.jit
-def kept(seed_ptr, numbers, cols, threshold):
-    """Which weights dropout keeps: llmkernels/_random.py. `numbers` (int64) and `cols` broadcast."""
-    z = tl.load(seed_ptr).to(tl.uint64, bitcast=True) + (numbers + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    z = z ^ (z >> 31)
-    h = cols.to(tl.uint32) + (z & 0xFFFFFFFF).to(tl.uint32)
-    h = ((h ^ (h >> 16)) * 0x21F0AAAD) ^ (z >> 32).to(tl.uint32)
-    h = (h ^ (h >> 15)) * 0x735A2D97
-    return ((h ^ (h >> 15)) >> 8).to(tl.int32) >= threshold

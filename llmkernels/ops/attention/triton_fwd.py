@@ -6,14 +6,13 @@ The online softmax of FlashAttention-2 (Dao 2023, arXiv:2307.08691): largest sco
 import triton
 import triton.language as tl
 
-from llmkernels._triton import cast
+from llmkernels._triton import cast, kept
 from llmkernels.ops.attention.triton_common import (
     dot,
     edge_block,
     finite,
     first_stat,
     head_value,
-    kept,
     key_blocks,
     load_tile,
     place,

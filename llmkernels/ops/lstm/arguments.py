@@ -27,14 +27,16 @@ NORMS = 4  # of the fields, the last
 
 
 def layers_of(params: Sequence[Tensor], has_biases: bool, num_layers: int, bidirectional: bool,
-              norms: Sequence[Tensor] | None) -> list[Layer]:  # fmt: skip
+              norms: Sequence[Tensor] | None, op: str = "lstm") -> list[Layer]:  # fmt: skip
     """The flat list of parameters, torch's order, by layer and direction; `norms` likewise."""
     count = num_layers * (2 if bidirectional else 1)
     plain = 4 if has_biases else 2
-    if num_layers <= 0 or len(params) not in (count * plain, count * (plain + 1)):
+    allowed = (count * plain, count * (plain + 1)) if op == "lstm" else (count * plain,)
+    if num_layers <= 0 or len(params) not in allowed:
+        projection = f", or {allowed[1]} with a projection," if op == "lstm" else ""
         raise ValueError(
-            f"lstm: params has {len(params)} tensors, expected {count * plain}, or {count * (plain + 1)} with a"
-            f" projection, for num_layers={num_layers}, has_biases={has_biases}, bidirectional={bidirectional}"
+            f"{op}: params has {len(params)} tensors, expected {allowed[0]}{projection} for num_layers={num_layers},"
+            f" has_biases={has_biases}, bidirectional={bidirectional}"
         )
     if norms is not None and len(norms) != NORMS * count:
         raise ValueError(f"lstm: norms has {len(norms)} tensors, expected {NORMS * count}")
@@ -72,22 +74,34 @@ def check_like(op: str, input: Tensor, named: Sequence[tuple[str, Tensor | None,
             raise ValueError(f"{op}: {name} is on {tensor.device}, expected {input.device}, the device of input")
 
 
-def check_layers(input: Tensor, layers: list[Layer], directions: int) -> tuple[int, int]:
+def check_layers(
+    input: Tensor, layers: list[Layer], directions: int, op: str = "lstm", gates: int = 4
+) -> tuple[int, int]:
     """Every parameter fits; returns (H, R)."""
     first = layers[0]
-    if first.w_ih.dim() != 2 or first.w_ih.shape[0] % 4:
-        raise ValueError(f"lstm: w_ih of layer 0 has shape {tuple(first.w_ih.shape)}, expected [4 * H, I]")
-    hidden = first.w_ih.shape[0] // 4
+    if first.w_ih.dim() != 2 or first.w_ih.shape[0] % gates:
+        raise ValueError(f"{op}: w_ih of layer 0 has shape {tuple(first.w_ih.shape)}, expected [{gates} * H, I]")
+    hidden = first.w_ih.shape[0] // gates
     size = hidden if first.w_hr is None else first.w_hr.shape[0]
     if first.w_hr is not None and size >= hidden:
         raise ValueError(f"lstm: w_hr of layer 0 has {size} rows, expected fewer than the hidden size, {hidden}")
     for index, layer in enumerate(layers):
         columns = first.w_ih.shape[1] if index < directions else directions * size
         where = f"of layer {index // directions}{' reverse' if index % directions else ''}"
-        shapes = ((4 * hidden, columns), (4 * hidden, size), (4 * hidden,), (4 * hidden,), (size, hidden),
-                  (4 * hidden,), (4 * hidden,), (hidden,), (hidden,))  # fmt: skip
+        wide = gates * hidden
+        shapes = (
+            (wide, columns),
+            (wide, size),
+            (wide,),
+            (wide,),
+            (size, hidden),
+            (wide,),
+            (wide,),
+            (hidden,),
+            (hidden,),
+        )
         check_like(
-            "lstm",
+            op,
             input,
             [(f"{name} {where}", *rest) for name, *rest in zip(layer._fields, layer, shapes, strict=True)],
         )
@@ -99,15 +113,15 @@ def check_probability(op: str, name: str, value: float) -> None:
         raise ValueError(f"{op}: {name} is {value}, expected a probability in [0, 1]")
 
 
-def checked_lengths(lengths: Tensor | Sequence[int], batch: int, steps: int) -> Tensor:
+def checked_lengths(op: str, lengths: Tensor | Sequence[int], batch: int, steps: int) -> Tensor:
     """`lengths` as an int64 tensor `[B]`; its values are seen only outside of a compiler."""
     lengths = torch.as_tensor(lengths)
     if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(
-            f"lstm: lengths has shape {tuple(lengths.shape)} and dtype {lengths.dtype}, expected integers ({batch},)"
+            f"{op}: lengths has shape {tuple(lengths.shape)} and dtype {lengths.dtype}, expected integers ({batch},)"
         )
     if not torch.compiler.is_compiling() and batch and not 0 < int(lengths.min()) <= int(lengths.max()) <= steps:
         raise ValueError(
-            f"lstm: lengths are {int(lengths.min())} to {int(lengths.max())}, expected 1 to {steps}, the steps of input"
+            f"{op}: lengths are {int(lengths.min())} to {int(lengths.max())}, expected 1 to {steps}, the steps of input"
         )
     return lengths.to(torch.int64)

@@ -1,4 +1,4 @@
-"""What is worth timing for lstm and lstm_cell, and the peers to beat."""
+"""What is worth timing for lstm, gru and their cells, and the peers to beat."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ SIZES = ((128, 1, 256), (128, 32, 256), (64, 64, 1024), (128, 1, 1024))
 def bench_cases(op: str, full: bool) -> list[LSTMCase]:
     """The goals' sizes; with `full` also packed and bidirectional ones."""
     dtypes = (torch.float32, torch.bfloat16)
-    if op == "lstm_cell":
+    if op.endswith("_cell"):
         sizes = ((1, 128), (1, 1024), (64, 1024)) if full else ((1, 128), (64, 1024))
         return [LSTMCase(op, T=1, B=B, I=H, H=H, dtype=dtype) for dtype in dtypes for B, H in sizes]
     found = [LSTMCase(op, T, B, H, H, dtype) for dtype in dtypes for T, B, H in SIZES]

@@ -1,4 +1,4 @@
-"""What tests, `llmkernels check` and benchmarks run for lstm and lstm_cell: shapes, options, inputs, truth, work."""
+"""What is tested and timed of lstm, gru and their cells: shapes, options, inputs, truth, work."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from torch.nn.utils import rnn
 from llmkernels import functional
 from llmkernels.testing.inputs import Inputs, outputs_and_gradients, short_name
 
-OPS = ("lstm", "lstm_cell")
+OPS = ("lstm", "lstm_cell", "gru", "gru_cell")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,6 +37,14 @@ class LSTMCase:
         return 2 if self.bidirectional else 1
 
     @property
+    def cell(self) -> bool:
+        return self.op.endswith("_cell")
+
+    @property
+    def gates(self) -> int:
+        return 3 if self.op.startswith("gru") else 4
+
+    @property
     def size(self) -> int:
         """R: the size of h."""
         return self.proj or self.H
@@ -55,7 +63,7 @@ class LSTMCase:
         return self.name or ("plain" if not words else words[0] if len(words) == 1 else "combined")
 
     def __str__(self) -> str:
-        shape = f"{self.T}x{self.B}x{self.I}x{self.H}" if self.op == "lstm" else f"{self.B}x{self.I}x{self.H}"
+        shape = f"{self.T}x{self.B}x{self.I}x{self.H}" if not self.cell else f"{self.B}x{self.I}x{self.H}"
         return "-".join([self.op, shape, short_name(self.dtype), *self.words])
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -64,8 +72,9 @@ class LSTMCase:
         for layer in range(self.layers):
             for suffix in [f"_l{layer}", f"_l{layer}_reverse"][: self.directions]:
                 columns = self.I if layer == 0 else self.directions * self.size
-                found |= {f"w_ih{suffix}": (4 * self.H, columns), f"w_hh{suffix}": (4 * self.H, self.size)}
-                found |= {f"b_{kind}{suffix}": (4 * self.H,) for kind in ("ih", "hh") if self.bias}
+                wide = self.gates * self.H
+                found |= {f"w_ih{suffix}": (wide, columns), f"w_hh{suffix}": (wide, self.size)}
+                found |= {f"b_{kind}{suffix}": (wide,) for kind in ("ih", "hh") if self.bias}
                 found |= {f"w_hr{suffix}": (self.proj, self.H)} if self.proj else {}
         return found
 
@@ -90,8 +99,11 @@ class LSTMInputs(Inputs):
     def replace(self, **tensors: Tensor | None) -> "LSTMInputs":
         return LSTMInputs(self.tensors | tensors, self.OUTPUTS)
 
+    def states(self) -> list[Tensor]:
+        return [self.tensors[name] for name in ("h0", "c0") if name in self.tensors]
+
     def parameters(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self.leaf_names()[3:]]
+        return [getattr(self, name) for name in self.leaf_names()[1 + len(self.states()) :]]
 
 
 _SCALE = {"normal": 1.0, "small": 1e-4, "large": 12.0}
@@ -109,13 +121,15 @@ def make_inputs(case: LSTMCase, device: str | torch.device = "cpu", seed: int = 
         return values.to(case.dtype).to(device)
 
     scale, states = _SCALE[case.data], case.layers * case.directions
-    if case.op == "lstm_cell":
+    if case.cell:
         shapes = {"input": (case.B, case.I), "h0": (case.B, case.H), "c0": (case.B, case.H)}
         outputs = {"h": shapes["h0"], "c": shapes["c0"]}
     else:
         outer = (case.B, case.T) if case.batch_first else (case.T, case.B)
         shapes = {"input": (*outer, case.I), "h0": (states, case.B, case.size), "c0": (states, case.B, case.H)}
         outputs = {"output": (*outer, case.directions * case.size), "h_n": shapes["h0"], "c_n": shapes["c0"]}
+    if case.gates == 3:  # no c
+        shapes, outputs = ({name: shape for name, shape in d.items() if name[0] != "c"} for d in (shapes, outputs))
     tensors = {name: normal(*shape, scale=scale if name == "input" else 0.5) for name, shape in shapes.items()}
     tensors |= {name: uniform(*shape) for name, shape in case.parameters().items()}
     tensors |= {f"d{name}": normal(*shape) for name, shape in outputs.items()}
@@ -124,11 +138,14 @@ def make_inputs(case: LSTMCase, device: str | torch.device = "cpu", seed: int = 
 
 def call(case: LSTMCase, inputs: LSTMInputs, backend: str | None = None) -> tuple[Tensor, ...]:
     """The public function on the tensors of `inputs`."""
-    state, parameters = (inputs.h0, inputs.c0), inputs.parameters()
-    if case.op == "lstm_cell":
-        return functional.lstm_cell(inputs.input, state, *parameters, backend=backend)
+    state, parameters = inputs.states(), inputs.parameters()
+    if case.gates == 3:
+        state = state[0]
+    if case.cell:
+        found = getattr(functional, case.op)(inputs.input, state, *parameters, backend=backend)
+        return (found,) if case.gates == 3 else found
     lengths = None if case.lengths is None else torch.tensor(case.lengths)
-    return functional.lstm(
+    return getattr(functional, case.op)(
         inputs.input, state, parameters, case.bias, case.layers, 0.0, True, case.bidirectional, case.batch_first,
         lengths=lengths, backend=backend,
     )  # fmt: skip
@@ -136,18 +153,21 @@ def call(case: LSTMCase, inputs: LSTMInputs, backend: str | None = None) -> tupl
 
 def call_torch(case: LSTMCase, inputs: LSTMInputs) -> tuple[Tensor, ...]:
     """The same by torch's own functions: the baseline of accuracy and of speed."""
-    state, parameters = (inputs.h0, inputs.c0), inputs.parameters()
-    if case.op == "lstm_cell":
-        return torch.lstm_cell(inputs.input, state, *parameters)
+    states, parameters = inputs.states(), inputs.parameters()
+    own = (lambda states: states[0]) if case.gates == 3 else tuple
+    function = getattr(torch, case.op)
+    if case.cell:
+        found = function(inputs.input, own(states), *parameters)
+        return (found,) if case.gates == 3 else found
     settings = (parameters, case.bias, case.layers, 0.0, True, case.bidirectional)
     if case.lengths is None:
-        return torch.lstm(inputs.input, state, *settings, case.batch_first)
+        return function(inputs.input, own(states), *settings, case.batch_first)
     lengths = torch.tensor(case.lengths)
     packed = rnn.pack_padded_sequence(inputs.input, lengths, case.batch_first, enforce_sorted=False)
-    state = tuple(tensor[:, packed.sorted_indices] for tensor in state)
-    data, h_n, c_n = torch.lstm(packed.data, packed.batch_sizes, state, *settings)
+    states = [tensor[:, packed.sorted_indices] for tensor in states]
+    data, *ends = function(packed.data, packed.batch_sizes, own(states), *settings)
     output, _ = rnn.pad_packed_sequence(packed._replace(data=data), case.batch_first, total_length=case.T)
-    return output, *(tensor[:, packed.unsorted_indices] for tensor in (h_n, c_n))
+    return output, *(tensor[:, packed.unsorted_indices] for tensor in ends)
 
 
 def _wide(inputs: LSTMInputs) -> LSTMInputs:
@@ -196,17 +216,17 @@ def bytes_moved(case: LSTMCase, direction: str) -> int:
 
 def plain_case(op: str, dtype: torch.dtype = torch.float32, *, tiny: bool = False) -> LSTMCase:
     """An ordinary call of `op` with every tensor present; `tiny` where each element is perturbed alone."""
-    if op == "lstm_cell":
+    if op.endswith("_cell"):
         return LSTMCase(op, T=1, dtype=dtype, **({"B": 2, "I": 2, "H": 2} if tiny else {"B": 6, "I": 16, "H": 24}))
     if tiny:
-        return LSTMCase(op, T=2, B=2, I=2, H=3, dtype=dtype, proj=2, lengths=(1, 2))
+        return LSTMCase(op, T=2, B=2, I=2, H=3, dtype=dtype, proj=2 if op == "lstm" else 0, lengths=(1, 2))
     return LSTMCase(op, T=4, B=3, I=16, H=24, dtype=dtype, layers=2)
 
 
 def reshaped(case: LSTMCase, shape: tuple[int, ...]) -> LSTMCase:
     """The same call on tensors of another shape, one that a user gives: (T, B, H), or fewer of the last ones."""
     T, B, H = (1,) * (3 - len(shape)) + tuple(shape[-3:])
-    return replace(case, T=T if case.op == "lstm" else 1, B=B, I=H, H=H, lengths=None)
+    return replace(case, T=1 if case.cell else T, B=B, I=H, H=H, lengths=None)
 
 
 def test_cases() -> list[LSTMCase]:
@@ -217,10 +237,12 @@ def test_cases() -> list[LSTMCase]:
         for op in OPS:
             cases += [make(op, dtype=dtype), make(op, dtype=dtype, bias=False)]
             cases += [make(op, dtype=dtype, data=data) for data in ("small", "large")]
-        cases += [make(dtype=dtype, layers=2), make(dtype=dtype, bidirectional=True), make(dtype=dtype, proj=7)]
-        cases += [make(dtype=dtype, batch_first=True), make(dtype=dtype, lengths=(2, 5, 3))]
+        for op in ("lstm", "gru"):
+            cases += [make(op, dtype=dtype, layers=2), make(op, dtype=dtype, bidirectional=True)]
+            cases += [make(op, dtype=dtype, batch_first=True), make(op, dtype=dtype, lengths=(2, 5, 3))]
+            cases.append(make(op, dtype=dtype, layers=2, bidirectional=True, lengths=(3, 1, 5), batch_first=True))
         cases += [
-            make(dtype=dtype, layers=2, bidirectional=True, lengths=(3, 1, 5), batch_first=True),
+            make(dtype=dtype, proj=7),
             make(dtype=dtype, layers=2, bidirectional=True, proj=9, bias=False, lengths=(4, 4, 2)),
             make(dtype=dtype, B=1, T=7, layers=2), make(dtype=dtype, B=1, bidirectional=True, lengths=(3,)),
         ]  # fmt: skip
@@ -230,7 +252,10 @@ def test_cases() -> list[LSTMCase]:
         cases += [make(T=2, B=B, H=20, dtype=dtype, name="sizes") for B in (1, 2, 4, 6, 7, 8, 13, 29)]
         cases += [make("lstm_cell", B=B, H=H, dtype=dtype, name="sizes") for B, H in ((1, 1), (1, 130), (9, 33))]
         cases.append(make(T=12, B=5, H=40, dtype=dtype, lengths=(12, 1, 7, 12, 3), bidirectional=True, name="sizes"))
-    cases += [make(B=0, name="empty"), make("lstm_cell", B=0, name="empty")]
+        cases += [
+            make("gru", T=2, B=B, H=H, dtype=dtype, name="sizes") for B, H in ((1, 1), (2, 17), (1, 130), (13, 20))
+        ]
+    cases += [make(op, B=0, name="empty") for op in OPS]
     return cases
 
 

@@ -180,5 +180,5 @@ registry.register("lstm_cell", *_op.backends("lstm_cell", *_CELL_KERNELS, *_CELL
 # The numbers of sequences of the steps are values, and a loop over all steps would be traced step by step.
 _KERNELS = ("lstm_recurrence_fwd", "lstm_recurrence_bwd")
 _OPAQUE = map(_op.opaque_reference, _KERNELS, (reference.lstm_recurrence_fwd, reference.lstm_recurrence_bwd))
-_REFUSE = {"cuda": _no_kernel, "triton": _no_kernel, "cpu": _kernels_refuse}
+_REFUSE = {"cuda": _kernels_refuse, "triton": _no_kernel, "cpu": _kernels_refuse}
 registry.register("lstm", *_op.backends("lstm", *_KERNELS, *_OPAQUE, refuse=_REFUSE))

@@ -1,6 +1,9 @@
 """What is worth timing in the norm family, and the peers to beat."""
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as torch_functional
 
 from llmkernels.benchmarking import onnx_peer
 from llmkernels.ops.norm import cases
@@ -27,16 +30,26 @@ def overhead_case(op: str) -> NormCase:
     return NormCase(op, (1, 256), (256,))
 
 
+def without_chance(case: NormCase) -> NormCase:
+    """The case by which peers are checked: their dropout draws other bits than ours."""
+    return replace(case, dropout=0.0) if case.drops else case
+
+
 def peers(case: NormCase) -> dict:
     """Name -> function of the inputs; each must return what `cases.call` returns."""
     torch._dynamo.reset()
-    compiled = torch.compile(lambda inputs: cases.call_torch(case, inputs))
-    return {"torch eager": lambda inputs: cases.call_torch(case, inputs), "torch.compile": compiled}
+
+    def run(inputs):
+        if not case.drops:
+            return cases.call_torch(case, inputs)
+        return cases.norm_torch(case, inputs, torch_functional.dropout(inputs.x, case.dropout) + inputs.residual)
+
+    return {"torch eager": run, "torch.compile": torch.compile(run)}
 
 
 def forward_peers(case: NormCase, device: str) -> dict:
     """As `peers`, without a backward: ONNX Runtime's fused operators, where it is installed."""
-    if not onnx_peer.AVAILABLE or device != "cpu" or case.dtype != torch.float32:
+    if not onnx_peer.AVAILABLE or case.drops or device != "cpu" or case.dtype != torch.float32:
         return {}
     inputs = cases.make_inputs(case)
     kind = "LayerNormalization" if case.is_layer_norm else "SimplifiedLayerNormalization"

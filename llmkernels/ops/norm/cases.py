@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from llmkernels import functional
+from llmkernels import _random, functional
 from llmkernels._dtypes import accumulate_dtype
 from llmkernels.ops.norm import reference
 from llmkernels.testing.inputs import Inputs, outputs_and_gradients, short_name
 
-OPS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+OPS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "dropout_add_layer_norm", "dropout_add_rms_norm")
+SEED = 1234  # of dropout
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,6 +31,7 @@ class NormCase:
     weight_offset: float = 0.0  # rms_norm only
     eps: float = 1e-5
     data: str = "normal"
+    dropout: float = 0.3  # dropout_add_* only
 
     @property
     def is_layer_norm(self) -> bool:
@@ -37,7 +39,11 @@ class NormCase:
 
     @property
     def adds(self) -> bool:
-        return self.op.startswith("add_")
+        return "add_" in self.op
+
+    @property
+    def drops(self) -> bool:
+        return self.op.startswith("dropout_")
 
     @property
     def cols(self) -> int:
@@ -54,6 +60,8 @@ class NormCase:
             return "long_row"
         if self.data != "normal":
             return self.data
+        if self.dropout == 1.0:
+            return "all_dropped"
         if not self.weight:
             return "no_weight"
         if self.weight_dtype:
@@ -67,6 +75,7 @@ class NormCase:
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))
         options = [self.data] if self.data != "normal" else []
+        options += [f"dropout{self.dropout:g}"] if self.dropout != 0.3 else []
         options += [] if self.weight else ["no_weight"]
         options += [] if self.bias or not self.is_layer_norm else ["no_bias"]
         options += [f"offset{self.weight_offset:g}"] if self.weight_offset else []
@@ -118,17 +127,38 @@ def call(case: NormCase, inputs: NormInputs, backend: str | None = None) -> tupl
     """The public function on the tensors of `inputs`: (y,) or (y, new_residual)."""
     tensors = (inputs.x, inputs.residual) if case.adds else (inputs.x,)
     function = getattr(functional, case.op)
+    settings = {"backend": backend}
+    if case.drops:
+        settings |= {"dropout_p": case.dropout, "seed": torch.tensor(SEED, device=inputs.x.device)}
     if case.is_layer_norm:
-        out = function(*tensors, case.normalized_shape, inputs.weight, inputs.bias, case.eps, backend=backend)
+        out = function(*tensors, case.normalized_shape, inputs.weight, inputs.bias, case.eps, **settings)
     else:
-        settings = {"weight_offset": case.weight_offset, "backend": backend}
+        settings["weight_offset"] = case.weight_offset
         out = function(*tensors, case.normalized_shape, inputs.weight, case.eps, **settings)
     return out if isinstance(out, tuple) else (out,)
 
 
+def kept(case: NormCase, device: str | torch.device) -> Tensor:
+    """What dropout keeps: bool, the shape of the input."""
+    rows, columns = (torch.arange(size, device=device) for size in (case.rows, case.cols))
+    return _random.keep(torch.tensor(SEED, device=device), rows[:, None], columns, case.dropout).view(case.shape)
+
+
+def summed(case: NormCase, inputs: NormInputs) -> Tensor:
+    """What is normed, each step rounded to the dtype of the case."""
+    x = inputs.x
+    if case.drops:
+        x = torch.where(kept(case, x.device), x * _random.keep_scale(case.dropout), 0.0)
+    return x + inputs.residual if case.adds else x
+
+
 def call_torch(case: NormCase, inputs: NormInputs) -> tuple[Tensor, ...]:
-    """The same by torch's own functions: the baseline of accuracy and of speed."""
-    x = inputs.x if not case.adds else inputs.x + inputs.residual
+    """The same by torch's own functions: the baseline of accuracy, and of speed where nothing is dropped."""
+    return norm_torch(case, inputs, summed(case, inputs))
+
+
+def norm_torch(case: NormCase, inputs: NormInputs, x: Tensor) -> tuple[Tensor, ...]:
+    """The norm of `x` by torch's own functions, and `x` where the case has a residual."""
     weight = inputs.weight
     if case.is_layer_norm:
         if weight is None and inputs.bias is not None and inputs.bias.dtype != x.dtype:
@@ -146,7 +176,7 @@ def call_torch(case: NormCase, inputs: NormInputs) -> tuple[Tensor, ...]:
 
 def truth(case: NormCase, inputs: NormInputs) -> dict[str, Tensor]:
     """Outputs and gradients in fp64, of the sum as it is rounded to the dtype under test."""
-    s = inputs.x if not case.adds else inputs.x + inputs.residual
+    s = summed(case, inputs)
     wide = NormInputs(
         *(None if t is None else t.double() for t in (s, None, inputs.weight, inputs.bias, inputs.dy, None))
     )
@@ -161,6 +191,8 @@ def truth(case: NormCase, inputs: NormInputs) -> dict[str, Tensor]:
     if case.adds:
         results["dx"] = results["dx"] + inputs.dresidual.double()
         results |= {"new_residual": s.double(), "dresidual": results["dx"]}
+    if case.drops:
+        results["dx"] = torch.where(kept(case, s.device), results["dx"] * _random.keep_scale(case.dropout), 0.0)
     return results
 
 
@@ -176,14 +208,15 @@ def term_size(case: NormCase, inputs: NormInputs, name: str) -> Tensor | None:
     """
     if name == "new_residual" or (name == "y" and inputs.bias is None):
         return None
-    s = (inputs.x if not case.adds else inputs.x + inputs.residual).double().reshape(case.rows, case.cols)
+    s = summed(case, inputs).double().reshape(case.rows, case.cols)
     centered = s - s.mean(-1, keepdim=True) if case.is_layer_norm else s
     rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + case.eps)
     dy = inputs.dy.double().reshape(case.rows, case.cols)
     scale = 1.0 if inputs.weight is None else inputs.weight.double().flatten() + case.weight_offset
+    passed = kept(case, s.device).view(s.shape) * _random.keep_scale(case.dropout) if case.drops else 1.0
     terms = {
         "y": lambda: (centered * rstd * scale).abs() + (0.0 if inputs.bias is None else inputs.bias.flatten().abs()),
-        "dx": lambda: rstd * dy * scale,
+        "dx": lambda: rstd * dy * scale * passed,
         "dresidual": lambda: rstd * dy * scale,
         "dweight": lambda: (dy * centered * rstd).abs().sum(0, keepdim=True),
         "dbias": lambda: dy.abs().sum(0, keepdim=True),
@@ -199,7 +232,7 @@ def bytes_moved(case: NormCase, direction: str) -> int:
     )
     stats = case.rows * accumulate_dtype(case.dtype).itemsize * (2 if case.is_layer_norm else 1)
     forward = size * (4 if case.adds else 2) + parameters + stats
-    backward = size * (4 if case.adds else 3) + 2 * parameters + stats
+    backward = size * (5 if case.drops else 4 if case.adds else 3) + 2 * parameters + stats
     return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[direction]
 
 
@@ -231,6 +264,8 @@ def test_cases() -> list[NormCase]:
                 cases.append(NormCase(op, (5, 40), (40,), dtype, bias=False))
             else:
                 cases.append(NormCase(op, (5, 40), (40,), dtype, weight_offset=1.0))
+            if op.startswith("dropout_"):
+                cases += [NormCase(op, (5, 40), (40,), dtype, dropout=p) for p in (0.9, 1.0)]
         cases.append(NormCase(op, (301, 72), (72,), torch.bfloat16))
         cases += [
             NormCase(op, (3, cols), (cols,))
@@ -247,7 +282,7 @@ def long_cases() -> list[NormCase]:
     """Rows of up to 262,144 columns: too slow for an interpreter."""
     return [
         NormCase(op, (2, cols), (cols,), dtype, data=data)
-        for op in ("layer_norm", "add_rms_norm")
+        for op in ("layer_norm", "add_rms_norm", "dropout_add_layer_norm", "dropout_add_rms_norm")
         for cols, dtype, data in (
             (8193, torch.bfloat16, "normal"),
             (65_536, torch.float32, "offset"),

@@ -1,4 +1,4 @@
-"""layer_norm, rms_norm and their fused residual adds: schemas, fakes, argument checks, autograd, backend order."""
+"""layer_norm, rms_norm and their fused residual adds: schemas, fakes, autograd, backend order."""
 
 from collections.abc import Sequence
 
@@ -7,40 +7,40 @@ from torch import Tensor
 
 from llmkernels import _op, registry
 from llmkernels._autograd import differentiable_backward, is_differentiated, needs_grad, transform_active
-from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_names
-from llmkernels.ops.norm import reference
+from llmkernels._dtypes import accumulate_dtype
+from llmkernels.ops.norm import arguments, reference
 
 # --- raw ops: one forward and one backward per kind; a residual is an optional input --------------------------------
 
 
-def _stats(x: Tensor, normalized_shape) -> Tensor:
+def stats(x: Tensor, normalized_shape) -> Tensor:
     return x.new_empty(x.shape[: x.dim() - len(normalized_shape)], dtype=accumulate_dtype(x.dtype))
 
 
-def _like(x: Tensor, wanted: bool = True) -> Tensor:
+def like(x: Tensor, wanted: bool = True) -> Tensor:
     return x.new_empty(x.shape) if wanted else x.new_empty(0)
 
 
-def _parameter_grad(x: Tensor, weight: Tensor | None, normalized_shape, wanted: bool) -> Tensor:
+def parameter_grad(x: Tensor, weight: Tensor | None, normalized_shape, wanted: bool) -> Tensor:
     dtype = x.dtype if weight is None else weight.dtype
     return x.new_empty(normalized_shape, dtype=dtype) if wanted else x.new_empty(0)
 
 
 def _layer_norm_fwd_fake(x, residual, weight, bias, normalized_shape, eps):
-    return _like(x), _like(x, residual is not None), _stats(x, normalized_shape), _stats(x, normalized_shape)
+    return like(x), like(x, residual is not None), stats(x, normalized_shape), stats(x, normalized_shape)
 
 
 def _layer_norm_bwd_fake(dy, dresidual, x, weight, mean, rstd, normalized_shape, wanted):
-    dweight = _parameter_grad(x, weight, normalized_shape, wanted[1])
-    return _like(x, wanted[0]), dweight, _parameter_grad(x, weight, normalized_shape, wanted[2])
+    dweight = parameter_grad(x, weight, normalized_shape, wanted[1])
+    return like(x, wanted[0]), dweight, parameter_grad(x, weight, normalized_shape, wanted[2])
 
 
 def _rms_norm_fwd_fake(x, residual, weight, normalized_shape, eps, weight_offset):
-    return _like(x), _like(x, residual is not None), _stats(x, normalized_shape)
+    return like(x), like(x, residual is not None), stats(x, normalized_shape)
 
 
 def _rms_norm_bwd_fake(dy, dresidual, x, weight, rstd, normalized_shape, weight_offset, wanted):
-    return _like(x, wanted[0]), _parameter_grad(x, weight, normalized_shape, wanted[1])
+    return like(x, wanted[0]), parameter_grad(x, weight, normalized_shape, wanted[1])
 
 
 def _portable_layer_norm_fwd(x, residual, weight, bias, normalized_shape, eps):
@@ -167,96 +167,39 @@ def _grads(needs, *grads):
     return tuple(grad if need else None for need, grad in zip(needs, grads, strict=False))
 
 
-# --- arguments ------------------------------------------------------------------------------------------------------
+# --- checked arguments to results ------------------------------------------------------------------------------------
 
 
-def _checked_shape(op: str, x: Tensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(normalized_shape, int):
-        normalized_shape = (normalized_shape,)
-    shape = tuple(normalized_shape)
-    if not shape:
-        raise ValueError(f"{op}: normalized_shape is (), expected at least one dimension")
-    if x.shape[-len(shape) :] != shape:
-        raise ValueError(f"{op}: input has shape {tuple(x.shape)}, expected (*, {', '.join(map(str, shape))})")
-    return shape
-
-
-def _check_tensor(op: str, name: str, tensor: Tensor, x: Tensor, shape: tuple[int, ...], shape_name: str) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)} = {shape_name}")
-    if tensor.device != x.device:
-        raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device}, the device of input")
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected one of {dtype_names()}")
-
-
-def _prepare(op, x, residual, weight, bias, normalized_shape):
-    """Check the meaning of the arguments, once for every backend; cast what torch's own op would cast."""
-    if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: input has dtype {x.dtype}, expected one of {dtype_names()}")
-    shape = _checked_shape(op, x, normalized_shape)
-    if residual is not None:
-        _check_tensor(op, "residual", residual, x, x.shape, "input.shape")
-    if weight is not None:
-        _check_tensor(op, "weight", weight, x, shape, "normalized_shape")
-    if bias is not None:
-        _check_tensor(op, "bias", bias, x, shape, "normalized_shape")
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        # torch's CUDA autocast runs both norms in fp32 (fp64 stays); CPU autocast leaves them alone.
-        x, residual, weight, bias = (
-            t if t is None or t.dtype == torch.float64 else t.float() for t in (x, residual, weight, bias)
-        )
-    if residual is not None and residual.dtype != x.dtype:
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        x, residual = x.to(dtype), residual.to(dtype)
-    return x, residual, weight, bias, shape
-
-
-def _layer_norm(op, x, residual, normalized_shape, weight, bias, eps, backend):
-    x, residual, weight, bias, shape = _prepare(op, x, residual, weight, bias, normalized_shape)
-    if weight is not None and weight.dtype != x.dtype:
-        _check_mixed_dtype(op, "weight", weight, x)
-    if bias is not None and bias.dtype != x.dtype:
-        _check_mixed_dtype(op, "bias", bias, x)
-    if bias is not None:
-        if weight is None:
-            weight = torch.ones_like(bias)
-        elif weight.dtype != bias.dtype:
-            raise TypeError(f"{op}: bias has dtype {bias.dtype}, expected {weight.dtype}, the dtype of weight")
-    tensors = (x, residual, weight, bias)
+def run_layer_norm(op: str, tensors, shape, eps, backend):
+    """y, or (y, new_residual): the choice of backend and of autograd's way. `tensors`: x, residual, weight, bias."""
     chosen = registry.pick(op, tensors, backend)
     if chosen.name == "torch" and transform_active():
         return reference.layer_norm(*tensors, shape, eps)
     if needs_grad(*tensors):
         return LayerNormFunction.apply(*tensors, shape, eps, chosen.name)
     y, new_residual, _, _ = chosen.fwd(*tensors, shape, eps)
-    return y if residual is None else (y, new_residual)
+    return y if tensors[1] is None else (y, new_residual)
 
 
-def _check_mixed_dtype(op, name, parameter, x):
-    if parameter.dtype != torch.float32 or x.dtype not in (torch.bfloat16, torch.float16):
-        allowed = f"{x.dtype}" if x.dtype in (torch.float32, torch.float64) else f"{x.dtype} or torch.float32"
-        raise TypeError(f"{op}: {name} has dtype {parameter.dtype}, expected {allowed} with a {x.dtype} input")
+def run_rms_norm(op: str, tensors, shape, eps, weight_offset, backend):
+    """As run_layer_norm. `tensors`: x, residual, weight."""
+    chosen = registry.pick(op, (*tensors, None), backend)
+    if chosen.name == "torch" and transform_active():
+        return reference.rms_norm(*tensors, shape, eps, weight_offset)
+    if needs_grad(*tensors):
+        return RMSNormFunction.apply(*tensors, shape, eps, weight_offset, chosen.name)
+    y, new_residual, _ = chosen.fwd(*tensors, shape, eps, weight_offset)
+    return y if tensors[1] is None else (y, new_residual)
+
+
+def _layer_norm(op, x, residual, normalized_shape, weight, bias, eps, backend):
+    tensors, shape = arguments.of_layer_norm(op, x, residual, weight, bias, normalized_shape)
+    return run_layer_norm(op, tensors, shape, eps, backend)
 
 
 def _rms_norm(op, x, residual, normalized_shape, weight, eps, weight_offset, backend):
-    x, residual, weight, _, shape = _prepare(op, x, residual, weight, None, normalized_shape)
-    if weight is None:
-        if weight_offset != 0.0:
-            raise ValueError(f"{op}: weight_offset is {weight_offset} without a weight, expected 0.0")
-    elif weight.dtype != x.dtype:
-        # As torch: any floating weight, multiplied in the type of the statistics.
-        weight = weight.to(accumulate_dtype(x.dtype))
-    if eps is None:
-        eps = torch.finfo(accumulate_dtype(x.dtype)).eps
-    tensors = (x, residual, weight, None)
-    chosen = registry.pick(op, tensors, backend)
-    if chosen.name == "torch" and transform_active():
-        return reference.rms_norm(x, residual, weight, shape, eps, weight_offset)
-    if needs_grad(*tensors):
-        return RMSNormFunction.apply(x, residual, weight, shape, eps, weight_offset, chosen.name)
-    y, new_residual, _ = chosen.fwd(x, residual, weight, shape, eps, weight_offset)
-    return y if residual is None else (y, new_residual)
+    tensors, shape, eps = arguments.of_rms_norm(op, x, residual, weight, normalized_shape, eps, weight_offset)
+    return run_rms_norm(op, tensors, shape, eps, weight_offset, backend)
 
 
 # --- the public functions -------------------------------------------------------------------------------------------

@@ -4,9 +4,12 @@ Shapes: `x`, `residual`, `dy` are `[*rows, *normalized_shape]`; statistics are `
 Ba, Kiros, Hinton 2016, arXiv:1607.06450 (layer norm); Zhang, Sennrich 2019, arXiv:1910.07467 (RMS norm).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from llmkernels import _random
 from llmkernels._dtypes import accumulate_dtype
 
 
@@ -28,6 +31,16 @@ def _add(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         return x, x.new_empty(0)
     total = x + residual
     return total, total
+
+
+def dropped(x: Tensor, seed: Tensor, normalized_shape, dropout_p: float) -> Tensor:
+    """`x` after dropout, rounded to its dtype. The row and the column of an element say whether it is kept."""
+    dims = len(normalized_shape)
+    leading = x.shape[: x.dim() - dims]
+    rows = _per_row(torch.arange(math.prod(leading), device=x.device).view(leading), normalized_shape)
+    columns = torch.arange(math.prod(normalized_shape), device=x.device).view(tuple(normalized_shape))
+    keep = _random.keep(seed, rows, columns, dropout_p)
+    return torch.where(keep, x * _random.keep_scale(dropout_p), 0.0)
 
 
 def layer_norm(x, residual, weight, bias, normalized_shape, eps):
@@ -110,3 +123,34 @@ def _bwd(dy, dresidual, x, xhat, weight, weight_offset, rstd, normalized_shape, 
     if wanted[2]:
         dbias = (dy.sum(rows) if rows else dy).to(weight_dtype)
     return dx, dweight, dbias
+
+
+def dropout_add_layer_norm_fwd(x, residual, weight, bias, seed, normalized_shape, eps, dropout_p):
+    """Returns (y, new_residual, mean, rstd)."""
+    x = dropped(x, seed, normalized_shape, dropout_p)
+    return layer_norm_fwd(x, residual, weight, bias, normalized_shape, eps)
+
+
+def dropout_add_layer_norm_bwd(dy, dsum, s, weight, mean, rstd, seed, normalized_shape, dropout_p, wanted):
+    """Returns (dx, dresidual, dweight, dbias); what is not wanted is an empty tensor."""
+    of_norm = (wanted[0] or wanted[1], wanted[2], wanted[3])
+    ds, *rest = layer_norm_bwd(dy, dsum, s, weight, mean, rstd, normalized_shape, of_norm)
+    return (*_of_addends(ds, seed, normalized_shape, dropout_p, wanted), *rest)
+
+
+def dropout_add_rms_norm_fwd(x, residual, weight, seed, normalized_shape, eps, weight_offset, dropout_p):
+    """Returns (y, new_residual, rstd)."""
+    x = dropped(x, seed, normalized_shape, dropout_p)
+    return rms_norm_fwd(x, residual, weight, normalized_shape, eps, weight_offset)
+
+
+def dropout_add_rms_norm_bwd(dy, dsum, s, weight, rstd, seed, normalized_shape, weight_offset, dropout_p, wanted):
+    """Returns (dx, dresidual, dweight); what is not wanted is an empty tensor."""
+    of_norm = (wanted[0] or wanted[1], wanted[2])
+    ds, *rest = rms_norm_bwd(dy, dsum, s, weight, rstd, normalized_shape, weight_offset, of_norm)
+    return (*_of_addends(ds, seed, normalized_shape, dropout_p, wanted), *rest)
+
+
+def _of_addends(ds, seed, normalized_shape, dropout_p, wanted):
+    dx = dropped(ds, seed, normalized_shape, dropout_p) if wanted[0] else ds.new_empty(0)
+    return dx, ds if wanted[1] else ds.new_empty(0)

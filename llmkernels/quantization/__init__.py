@@ -1,0 +1,3 @@
+"""Formats of quantized weights, one file each: the bits, quantize, pack and dequantize in plain PyTorch."""
+
+FORMATS = ("int8",)

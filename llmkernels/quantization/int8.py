@@ -1,0 +1,130 @@
+"""int8: one signed byte a weight, one fp32 scale an output channel, symmetric.
+
+    weight[n, k]  ~  scales[n] * q[n, k]            scales[n] = max_k |weight[n, k]| / 127
+
+    byte n * K + k of the packed form, row-major, `data` `[N, K]` int8:
+
+      bit   7   6   5   4   3   2   1   0
+          +---+---+---+---+---+---+---+---+
+          | s |       magnitude           |   two's complement, -127 ... 127
+          +---+---+---+---+---+---+---+---+
+
+    q is rounded to nearest, ties to even. -128 (1000 0000) is never written, so that -q is always there too, and is
+    refused where it is read. A row of zeros has scale 1. `scales` `[N]` fp32, finite and above zero.
+
+Activations may be int8 too, dynamically: each row of x `[.., K]` has its own scale, found when it arrives. The product
+of both is a sum of integers, exact in 32 bits for K up to 133,000, and then scaled:
+
+    y[m, n]  =  (x_scales[m] * scales[n]) * sum_k xq[m, k] q[n, k]
+
+A row of x with a NaN or an infinity gives a row of NaN.
+"""
+
+import torch
+from torch import Tensor
+
+from llmkernels._dtypes import FLOAT_DTYPES, dtype_names
+from llmkernels.quantization.tensor import QuantizedTensor
+
+MAX = 127
+# So many products of two int8 have a sum that fp32 holds exactly, in whatever order it is made.
+EXACT_COLUMNS = 2**24 // MAX**2
+MAX_COLUMNS = (2**31 - 1) // MAX**2
+
+
+def quantize(weight: Tensor, name: str = "weight") -> QuantizedTensor:
+    """A weight `[N, K]` of any floating dtype as int8.
+
+    Raises: ValueError or TypeError: `weight` is not a floating matrix, is too wide for a sum in 32 bits, or a row of it
+        has a NaN, an infinity or values that no fp32 scale reaches. `name` is what the messages call it.
+    """
+    if weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"int8: {name} has dtype {weight.dtype}, expected one of {dtype_names()}")
+    if weight.dim() != 2 or weight.shape[1] > MAX_COLUMNS:
+        raise ValueError(f"int8: {name} has shape {tuple(weight.shape)}, expected [N, K] with K up to {MAX_COLUMNS}")
+    wide = weight.detach().double()
+    bad = ~wide.isfinite().all(1)
+    if bad.any():
+        raise ValueError(
+            f"int8: row {int(bad.nonzero()[0])} of {name} has a NaN or an infinity, expected finite values"
+        )
+    largest = wide.abs().amax(1) if weight.shape[1] else wide.new_zeros(len(wide))
+    scales = (largest / MAX).float()
+    if (huge := scales.isinf()).any():
+        row = int(huge.nonzero()[0])
+        raise ValueError(f"int8: row {row} of {name} reaches {float(largest[row]):.1e}, expected less: scales are fp32")
+    scales = torch.where(scales == 0.0, 1.0, scales)
+    values = (wide / scales.double()[:, None]).round().clamp(-MAX, MAX)
+    return QuantizedTensor("int8", tuple(weight.shape), pack(values), scales, weight.dtype)
+
+
+def pack(values: Tensor) -> Tensor:
+    """Integers -127 ... 127 `[N, K]` of any dtype as the packed form. Raises: ValueError, others are among them."""
+    if values.numel() and not bool((values.abs() <= MAX).all()):
+        raise ValueError(f"int8: values are {values.min()} to {values.max()}, expected -{MAX} to {MAX}")
+    return values.to(torch.int8).contiguous()
+
+
+def unpack(data: Tensor) -> Tensor:
+    """The packed form as int32 `[N, K]`."""
+    return data.to(torch.int32)
+
+
+def check(tensor: QuantizedTensor) -> None:
+    """Raises ValueError where data and scales do not have the shapes and dtypes that this file says."""
+    check_parts(tensor.data, tensor.scales, tensor.shape)
+
+
+def check_parts(data: Tensor, scales: Tensor, shape: tuple[int, int], name: str = "data") -> None:
+    """`check` of the two tensors of a weight `shape` that are called `name` and `name`_scale."""
+    parts = ((name, data, torch.int8, tuple(shape)), (f"{name}'s scales", scales, torch.float32, (shape[0],)))
+    for part_name, part, dtype, expected in parts:
+        if part.dtype != dtype or tuple(part.shape) != expected:
+            raise ValueError(f"int8: {part_name}: {part.dtype} {tuple(part.shape)}, expected {dtype} {expected}")
+
+
+def check_values(data: Tensor, scales: Tensor, name: str = "data") -> None:
+    """Raises ValueError for bytes and scales that `quantize` never writes; for what comes from a file."""
+    if bool((data == -MAX - 1).any()):
+        raise ValueError(f"int8: {name} has a -128, expected -{MAX} to {MAX}")
+    if not bool((scales.isfinite() & (scales > 0.0)).all()):
+        raise ValueError(f"int8: {name}'s scales have a value that is not finite and above zero")
+
+
+def dequantize(tensor: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """scales * q, `[N, K]`, in `dtype` or the weight's own."""
+    wide = torch.float64 if (dtype or tensor.dtype) == torch.float64 else torch.float32
+    return (tensor.data.to(wide) * tensor.scales.to(wide)[:, None]).to(dtype or tensor.dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations `[.., K]` as (int8 `[.., K]`, scales fp32 `[.., 1]`)."""
+    wide = x.detach().float()
+    scales = wide.abs().amax(-1, keepdim=True) / MAX if x.shape[-1] else wide.new_zeros(*x.shape[:-1], 1)
+    scales = torch.where(scales == 0.0, 1.0, scales)
+    values = torch.nan_to_num(wide / scales, 0.0, 0.0, 0.0).round().clamp(-MAX, MAX)
+    # Without this an infinite scale times a product of zero would be the only NaN.
+    return values.to(torch.int8), torch.where(scales.isfinite(), scales, torch.nan)
+
+
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """a `[M, K]` times b `[N, K]` transposed: int32 `[M, N]`, exact, by fp32 products of few enough columns.
+
+    Both are int8, or fp32 that holds such integers.
+    """
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    with torch.autocast(a.device.type, enabled=False):
+        for first in range(0, a.shape[1], EXACT_COLUMNS):
+            part = slice(first, first + EXACT_COLUMNS)
+            total += (a[:, part].float() @ b[:, part].float().t()).to(torch.int32)
+    return total
+
+
+def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, *, integers: Tensor | None = None) -> Tensor:
+    """x `[M, K]` times the transposed weight, plus bias `[N]`, with int8 activations: fp32 `[M, N]`.
+
+    `integers` is `weight.data.float()`, for callers who need it often.
+    """
+    values, scales = quantize_rows(x)
+    y = integer_product(values, weight.data if integers is None else integers).float() * (scales * weight.scales)
+    return y if bias is None else y + bias.float()
