@@ -67,7 +67,7 @@ def test_report_counts_every_kernel():
     command = [sys.executable, "-m", "tests.ptxsim.report"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=sim.ROOT, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
-    sources = (path.read_text() for path in sim.ROOT.glob("csrc/ops/*/*.cu"))
+    sources = (path.read_text() for path in sim.ROOT.glob("csrc/ops/*/*.cu*"))
     kernels = {name for source in sources for name in re.findall(r"__global__[^{]* (\w+_kernel)\(", source)}
     assert len(kernels) > 20 and set(re.findall(r"^(\w+_kernel)\b", run.stdout, re.M)) == kernels - NOT_REPORTED
     assert "norm_bwd_kernel<__nv_bfloat16, 1, 8, 1, false, false>" in run.stdout and "::" not in run.stdout
