@@ -39,6 +39,12 @@ def define_kernel(name: str, schema: str, fake: Callable, portable: Callable) ->
     _libraries["llmkernels"].impl(name, portable, "CompositeExplicitAutograd")
 
 
+def define_question(backend: str, name: str, schema: str) -> Callable:
+    """Define an op of one backend that computes nothing: it says what the backend's kernels would do."""
+    _libraries[f"llmkernels_{backend}"].define(name + schema)
+    return kernel(backend, name)
+
+
 def opaque_reference(name: str, function: Callable) -> Callable:
     """Plain PyTorch as an op, for a reference that a compiler cannot trace: one that reads values of its tensors."""
     known, library = kernel("cpu", name), _libraries["llmkernels_torch"]
@@ -141,16 +147,17 @@ def backends(
     reference_bwd: Callable | None,
     *,
     refuse: dict[str, Callable] | None = None,
+    ways: dict[str, Callable] | None = None,
 ) -> list[Backend]:
     """The usual backends of `op`, best first, from the names of its kernel ops and its plain-PyTorch functions.
 
     Those of the backward are None where an op has none. `refuse` has for some backends a `refuses` of the op's own,
-    asked where `why_not` has nothing to say. `cpu` stands before `triton` only so that Triton's interpreter, far
-    slower, is never preferred for CPU tensors.
+    asked where `why_not` has nothing to say; `ways` has for some what `explain` adds to "runs". `cpu` stands before
+    `triton` only so that Triton's interpreter, far slower, is never preferred for CPU tensors.
     """
-    own = refuse or {}
+    own, ways = refuse or {}, ways or {}
     entries = [
-        Backend(op, name, kernel(name, fwd), bwd and kernel(name, bwd), why, own.get(name))
+        Backend(op, name, kernel(name, fwd), bwd and kernel(name, bwd), why, own.get(name), ways.get(name))
         for name, why in _WHY_NOT.items()
     ]
     entries.append(Backend(op, "torch", reference_fwd, reference_bwd, lambda *_: None))

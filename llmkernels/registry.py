@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -53,6 +53,7 @@ class Backend:
     bwd: Callable | None  # None: the op has no backward
     why_not: Callable[..., str | None]
     refuses: Callable[..., str | None] | None = None
+    way: Callable[..., str] | None = None  # of several ways to run a call, the one that `explain` names
 
     def reason(self, tensors: tuple) -> str | None:
         """Why this backend cannot run a call with `tensors`, or None."""
@@ -62,16 +63,18 @@ class Backend:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` returns: one line per backend, and which of them runs."""
+    """What `explain` returns: one line per backend, and which of them runs; of some also in which way."""
 
     op: str
     chosen: str | None
     reasons: dict[str, str | None]
+    ways: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.chosen or 'no backend'} runs"]
         for name, reason in self.reasons.items():
             state = "runs" if name == self.chosen else reason or "can run"
+            state += f" ({self.ways[name]})" if name in self.ways else ""
             lines.append(f"  {name:<7} {state}")
         return "\n".join(lines)
 
@@ -187,7 +190,8 @@ def explain_call(op: str, tensors: tuple, backend: str | None = None) -> Explana
     asked = dict.fromkeys((*entries(op), *candidates))
     reasons = {entry.name: entry.reason(tensors) for entry in asked}
     chosen = next((entry.name for entry in candidates if reasons[entry.name] is None), None)
-    return Explanation(op, chosen, reasons)
+    ways = {entry.name: entry.way(*tensors) for entry in asked if entry.way is not None and reasons[entry.name] is None}
+    return Explanation(op, chosen, reasons, ways)
 
 
 @contextlib.contextmanager

@@ -53,9 +53,9 @@ def register() -> None:
                 for kernel in (entry.fwd, entry.bwd):
                     if kernel is not None and kernel not in ops:
                         ops[kernel] = _define(library, namespace, kernel, real, arch)
-                why_not = _why_not(name)
+                why_not, way = _why_not(name), entry.way and _way(entry.way, arch)
                 registry.register_extra(
-                    registry.Backend(op, name, ops[entry.fwd], ops.get(entry.bwd), why_not, entry.refuses)
+                    registry.Backend(op, name, ops[entry.fwd], ops.get(entry.bwd), why_not, entry.refuses, way)
                 )
 
 
@@ -76,6 +76,14 @@ def _define(library, namespace: str, kernel, real: str, arch: str) -> Callable:
 
     library.impl(name, run, "CPU")
     return getattr(getattr(torch.ops, namespace), name).default
+
+
+def _way(ask: Callable, arch: str) -> Callable[..., str]:
+    def way(*tensors) -> str:
+        with sim.device(arch=arch):
+            return ask(*tensors)
+
+    return way
 
 
 def _why_not(name: str) -> Callable[..., str | None]:

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+import llmkernels
 from llmkernels.ops.lstm import cases, reference
 from llmkernels.testing.battery import evaluate, failures, judge
 from tests.ptxsim import backend as simulated
@@ -115,3 +116,18 @@ def test_cells_and_their_gradients(backend):
         theirs = reference.lstm_recurrence_bwd(*arriving, *call, y, gates, cells, wanted)
         for got, expected in zip(ours, theirs, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_explain_says_which_way():
+    def line(backend: str, case: cases.LSTMCase) -> str:
+        inputs = cases.make_inputs(case)
+        arguments = (inputs.input, (inputs.h0, inputs.c0), inputs.parameters(), True, 1, 0.0, False, False, False)
+        lines = str(llmkernels.explain("lstm", *arguments, backend=backend)).splitlines()
+        return next(line for line in lines if line.split()[0] == backend)
+
+    stay, step = "weights stay in shared memory, {} blocks", "a product and a small kernel at each step"
+    with sim.device(multiprocessors=16):
+        small = line("cuda-sim-sm80", make(B=5, H=70))
+        large = line("cuda-sim-sm80", make(B=2, H=1100, T=1))
+    assert f"runs (forward: {stay.format(9)}; backward: {stay.format(9)})" in small
+    assert f"runs (forward: {step}; backward: {step})" in large

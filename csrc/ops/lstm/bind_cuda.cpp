@@ -137,6 +137,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> recurrenc
   return {only(out.dgates, wanted[0]), only(out.dh0, wanted[1]), only(out.dc0, wanted[2]), dw_hh, dw_hr};
 }
 
+// How forward and backward of such a call would run, as a sentence.
+std::string recurrence_way(const at::Tensor& gates_x, const at::Tensor& h0, const at::Tensor& c0, const at::Tensor&,
+                           const OptionalTensor& w_hr) {
+  const char* op = "lstm_recurrence_way";
+  const RecurrenceCall call(op, gates_x.device());
+  const auto [batch, hidden, size] = sizes_of(op, h0, c0);
+  const LSTMSteps at{nullptr, nullptr, 0, batch, hidden, size};
+  const auto way = [&](bool forward) -> std::string {
+    const DType dtype = dtype_of(op, "gates_x", gates_x);
+    const auto plan = cuda::plan_lstm_recurrence(dtype, at, get(w_hr) != nullptr, forward, call.gpu);
+    if (!plan.resident) return "a product and a small kernel at each step";
+    return "weights stay in shared memory, " + std::to_string(plan.launch.grid[0]) + " blocks";
+  };
+  return "forward: " + way(true) + "; backward: " + way(false);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(llmkernels_cuda, LLMKERNELS_CUDA_KEY, m) {
@@ -144,6 +160,7 @@ TORCH_LIBRARY_IMPL(llmkernels_cuda, LLMKERNELS_CUDA_KEY, m) {
   m.impl("lstm_cell_bwd", lstm_cell_bwd);
   m.impl("lstm_recurrence_fwd", recurrence_fwd);
   m.impl("lstm_recurrence_bwd", recurrence_bwd);
+  m.impl("lstm_recurrence_way", recurrence_way);
 }
 
 }  // namespace llmkernels

@@ -181,4 +181,8 @@ registry.register("lstm_cell", *_op.backends("lstm_cell", *_CELL_KERNELS, *_CELL
 _KERNELS = ("lstm_recurrence_fwd", "lstm_recurrence_bwd")
 _OPAQUE = map(_op.opaque_reference, _KERNELS, (reference.lstm_recurrence_fwd, reference.lstm_recurrence_bwd))
 _REFUSE = {"cuda": _kernels_refuse, "triton": _no_kernel, "cpu": _kernels_refuse}
-registry.register("lstm", *_op.backends("lstm", *_KERNELS, *_OPAQUE, refuse=_REFUSE))
+_cuda_way = _op.define_question(
+    "cuda", "lstm_recurrence_way", "(Tensor gates_x, Tensor h0, Tensor c0, Tensor w_hh, Tensor? w_hr) -> str"
+)
+_WAYS = {"cuda": lambda *tensors: _cuda_way(*tensors[:5])}
+registry.register("lstm", *_op.backends("lstm", *_KERNELS, *_OPAQUE, refuse=_REFUSE, ways=_WAYS))
