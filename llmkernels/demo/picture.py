@@ -22,14 +22,14 @@ def draw(result: dict, path: Path) -> None:
 
 def _draw_row(panels, name: str, part: dict) -> None:
     curves, apart, speed = panels
-    eager, fast, other = (part["losses"][name] for name in ("eager", "accelerated", "eager, other thread count"))
+    eager, fast, other = (part["losses"][name] for name in ("eager", "accelerated", "eager, other order"))
     steps = range(1, len(eager) + 1)
     curves.plot(steps, eager, color="#777777", linewidth=4, alpha=0.5, label="eager PyTorch")
     curves.plot(steps, fast, color="#d62728", linewidth=1.2, label="accelerated")
     curves.set(xlabel="step", ylabel="training loss (nats per byte)", title=f"{name}: same seed, same data")
     curves.legend()
     tiny = 1e-9  # a logarithmic axis cannot show zero
-    for color, curve, label in (("#d62728", fast, "accelerated"), ("#777777", other, "eager, other threads")):
+    for color, curve, label in (("#d62728", fast, "accelerated"), ("#777777", other, "eager, other order")):
         difference = [abs(a - b) + tiny for a, b in zip(eager, curve, strict=True)]
         apart.semilogy(steps, difference, color=color, label=label)
     apart.axhline(part["agreement"]["allowed"], color="black", linestyle=":", label="allowed")

@@ -13,11 +13,12 @@ from llmkernels.demo.text import batch
 
 @dataclass
 class Run:
-    """One model in training. `seconds` has the time of each step."""
+    """One model in training, with the rows of each batch reversed if `reverse`. `seconds` has each step's time."""
 
     name: str
     model: nn.Module
     threads: int
+    reverse: bool = False
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -28,6 +29,8 @@ class Run:
         torch.set_num_threads(self.threads)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-3 * scale
+        if self.reverse:
+            tokens, targets = tokens.flip(0), targets.flip(0)
         begin = time.perf_counter()
         loss = nn.functional.cross_entropy(self.model(tokens).flatten(0, 1), targets.flatten())
         self.optimizer.zero_grad(set_to_none=True)
@@ -75,8 +78,8 @@ class Agreement:
 ROUNDING = 2e-5
 
 
-def agreement(eager: list[float], accelerated: list[float], eager_other_threads: list[float]) -> Agreement:
-    """Judge `accelerated` by the spread of two eager runs that differ only in thread count.
+def agreement(eager: list[float], accelerated: list[float], eager_other_order: list[float]) -> Agreement:
+    """Judge `accelerated` by the spread of two eager runs that differ only in the order of the rows of each batch.
 
     Training amplifies rounding: two correct runs drift apart, ever faster. So the yardstick is what eager PyTorch does
     to itself: the largest difference of the accelerated curve over all steps is at most twice the largest difference
@@ -84,6 +87,6 @@ def agreement(eager: list[float], accelerated: list[float], eager_other_threads:
     first steps on, before anything has been amplified.
     """
     difference = max(abs(a - b) for a, b in zip(eager, accelerated, strict=True))
-    spread = max(abs(a - b) for a, b in zip(eager, eager_other_threads, strict=True))
+    spread = max(abs(a - b) for a, b in zip(eager, eager_other_order, strict=True))
     allowed = max(2.0 * spread, ROUNDING * max(eager))
     return Agreement(difference <= allowed, difference, spread, allowed)

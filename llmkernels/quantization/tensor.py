@@ -25,7 +25,8 @@ class QuantizedTensor:
     def __post_init__(self):
         if self.format not in FORMATS:
             raise ValueError(f"QuantizedTensor: format is {self.format!r}, expected one of {', '.join(FORMATS)}")
-        self.module.check(self)
+        if not torch.compiler.is_compiling():  # which cannot trace the import
+            self.module.check(self)
 
     @property
     def module(self):

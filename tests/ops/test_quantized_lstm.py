@@ -170,6 +170,13 @@ def test_wrong_weights_are_seen():
     assert relative() > 10 * BOUND
 
 
+@torch.no_grad()
+def test_compile_fullgraph():
+    torch._dynamo.reset()
+    _, ours = make(num_layers=2, bidirectional=True)
+    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(X), ours(X))
+
+
 def test_the_recurrence_uses_the_weights_as_they_are():
     weight = int8.quantize(torch.randn(20, 5))
     gates, h, c = torch.randn(6, 20), torch.randn(3, 5), torch.randn(3, 5)
