@@ -29,17 +29,7 @@ auto choose(bool wide) {
 
 template <template <class, int> class Kernel>
 auto choose(DType dtype, bool wide) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return choose<Kernel, double>(wide);
-    case DType::kBFloat16:
-      return choose<Kernel, __nv_bfloat16>(wide);
-    case DType::kFloat16:
-      return choose<Kernel, __half>(wide);
-    case DType::kFloat32:
-      break;
-  }
-  return choose<Kernel, float>(wide);
+  return with_type(dtype, [&](auto t) { return choose<Kernel, decltype(t)>(wide); });
 }
 
 }  // namespace llmkernels::cuda

@@ -98,13 +98,7 @@ const char* run(const NormBwdParams& p, const NormBwdPlan& plan, void* stream) {
 }  // namespace
 
 const char* norm_bwd(const NormBwdParams& params, const NormBwdPlan& plan, void* stream) {
-  switch (params.dtype) {
-    case DType::kFloat64: return run<double>(params, plan, stream);
-    case DType::kFloat32: return run<float>(params, plan, stream);
-    case DType::kBFloat16: return run<__nv_bfloat16>(params, plan, stream);
-    case DType::kFloat16: return run<__half>(params, plan, stream);
-  }
-  return "unknown dtype";
+  return with_type(params.dtype, [&](auto t) { return run<decltype(t)>(params, plan, stream); });
 }
 
 }  // namespace llmkernels::cuda

@@ -11,13 +11,7 @@ Kernel choose(const RowPlan& plan, NormKind kind) {
 }
 
 Kernel choose(const NormBwdParams& params, const RowPlan& plan) {
-  switch (params.dtype) {
-    case DType::kFloat64: return choose<double>(plan, params.kind);
-    case DType::kFloat32: return choose<float>(plan, params.kind);
-    case DType::kBFloat16: return choose<__nv_bfloat16>(plan, params.kind);
-    case DType::kFloat16: return choose<__half>(plan, params.kind);
-  }
-  return nullptr;
+  return with_type(params.dtype, [&](auto t) { return choose<decltype(t)>(plan, params.kind); });
 }
 
 }  // namespace

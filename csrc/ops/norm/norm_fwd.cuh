@@ -244,13 +244,7 @@ Kernel choose(const RowPlan& plan, NormKind kind) {
 
 template <bool kDropout>
 Kernel choose(const NormFwdParams& params, const RowPlan& plan) {
-  switch (params.dtype) {
-    case DType::kFloat64: return choose<double, kDropout>(plan, params.kind);
-    case DType::kFloat32: return choose<float, kDropout>(plan, params.kind);
-    case DType::kBFloat16: return choose<__nv_bfloat16, kDropout>(plan, params.kind);
-    case DType::kFloat16: return choose<__half, kDropout>(plan, params.kind);
-  }
-  return nullptr;
+  return with_type(params.dtype, [&](auto t) { return choose<decltype(t), kDropout>(plan, params.kind); });
 }
 
 }  // namespace
