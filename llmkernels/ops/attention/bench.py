@@ -14,7 +14,8 @@ def bench_cases(op: str, full: bool) -> list[AttentionCase]:
     """Cases of `op`: the goals' shapes, and with `full` what each option costs beside the plain call of its size."""
     if op == "attention_kvcache":
         lengths = [(4096,), (1024,) * 8] if full else [(4096,)]
-        return [_decoding(dtype, rows) for dtype in (torch.float32, torch.bfloat16) for rows in lengths]
+        cases = [(rows, 8) for rows in lengths] + [((4096,), 1)]
+        return [_decoding(dtype, *case) for dtype in (torch.float32, torch.bfloat16) for case in cases]
     make = lambda dtype, **sizes: AttentionCase(op, dtype=dtype, lse=False, **{"T": sizes["S"], **sizes})
     if op == "attention_varlen":
         lengths = (512, 256, 128, 64, 64)
@@ -35,9 +36,9 @@ def bench_cases(op: str, full: bool) -> list[AttentionCase]:
     return found
 
 
-def _decoding(dtype: torch.dtype, lengths: tuple[int, ...]) -> CacheCase:
-    """One token of a model with 32 heads, of which 4 share the keys."""
-    sizes = {"H": 32, "Hk": 8, "D": 128, "Dv": 128, "T": max(lengths)}
+def _decoding(dtype: torch.dtype, lengths: tuple[int, ...], key_heads: int) -> CacheCase:
+    """One token of a model with 32 heads, which share the keys of 8 or of a single one."""
+    sizes = {"H": 32, "Hk": key_heads, "D": 128, "Dv": 128, "T": max(lengths)}
     return CacheCase("decode", lengths, dtype=dtype, lse=False, **sizes)
 
 
