@@ -23,7 +23,7 @@ A row of x with a NaN or an infinity gives a row of NaN.
 import torch
 from torch import Tensor
 
-from llmkernels._dtypes import FLOAT_DTYPES, dtype_names
+from llmkernels._dtypes import FLOAT_DTYPES, dtype_error
 from llmkernels.quantization.tensor import QuantizedTensor
 
 MAX = 127
@@ -39,7 +39,7 @@ def quantize(weight: Tensor, name: str = "weight") -> QuantizedTensor:
         has a NaN, an infinity or values that no fp32 scale reaches. `name` is what the messages call it.
     """
     if weight.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"int8: {name} has dtype {weight.dtype}, expected one of {dtype_names()}")
+        raise dtype_error("int8", name, weight.dtype)
     if weight.dim() != 2 or weight.shape[1] > MAX_COLUMNS:
         raise ValueError(f"int8: {name} has shape {tuple(weight.shape)}, expected [N, K] with K up to {MAX_COLUMNS}")
     wide = weight.detach().double()

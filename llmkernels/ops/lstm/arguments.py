@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmkernels._dtypes import FLOAT_DTYPES, dtype_names
+from llmkernels._dtypes import FLOAT_DTYPES, dtype_error
 
 
 class Layer(NamedTuple):
@@ -53,7 +53,7 @@ def layers_of(params: Sequence[Tensor], has_biases: bool, num_layers: int, bidir
 def check_input(op: str, input: Tensor, dims: tuple[int, ...], size: int) -> None:
     """A floating tensor with one of these numbers of dimensions, the last of them `size`."""
     if input.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: input has dtype {input.dtype}, expected one of {dtype_names()}")
+        raise dtype_error(op, "input", input.dtype)
     if input.dim() not in dims or input.shape[-1] != size:
         expected = " or ".join(f"{d}-D" for d in dims)
         raise ValueError(

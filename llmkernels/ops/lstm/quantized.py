@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from llmkernels._autograd import needs_grad
-from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_names
+from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_error
 from llmkernels.ops.lstm import layout
 from llmkernels.ops.lstm.reference import _activated, _joined, _over, step_rows
 from llmkernels.quantization import int8
@@ -93,7 +93,7 @@ class QuantizedLSTM(torch.nn.Module):
 
     def _check(self, rows: Tensor, packed: bool, hx, lengths) -> None:
         if rows.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"QuantizedLSTM: input has dtype {rows.dtype}, expected one of {dtype_names()}")
+            raise dtype_error("QuantizedLSTM", "input", rows.dtype)
         if rows.dim() not in ((2,) if packed else (2, 3)) or rows.shape[-1] != self.input_size:
             expected = f"{'2-D' if packed else '2-D or 3-D'} with {self.input_size} columns"
             raise ValueError(f"QuantizedLSTM: input has shape {tuple(rows.shape)}, expected {expected}")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_names
+from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_error
 
 
 def _checked_shape(op: str, x: Tensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
@@ -25,13 +25,13 @@ def _check_tensor(op: str, name: str, tensor: Tensor, x: Tensor, shape: tuple[in
     if tensor.device != x.device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, expected {x.device}, the device of input")
     if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected one of {dtype_names()}")
+        raise dtype_error(op, name, tensor.dtype)
 
 
 def _prepare(op, x, residual, weight, bias, normalized_shape):
     """Check the meaning of the arguments, once for every backend; cast what torch's own op would cast."""
     if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{op}: input has dtype {x.dtype}, expected one of {dtype_names()}")
+        raise dtype_error(op, "input", x.dtype)
     shape = _checked_shape(op, x, normalized_shape)
     if residual is not None:
         _check_tensor(op, "residual", residual, x, x.shape, "input.shape")
