@@ -583,7 +583,7 @@ void mark_local_known(Warp& w, int lane, uint32_t offset, uint32_t bytes) {
 }
 
 void acquire_loaded(Warp& w, const Inst& in, const uint64_t* addresses) {
-  w.yield = true;  // what is read like this is what other warps write: whoever polls it should let them
+  w.yield = w.polls = true;  // what is read like this is what other warps write: whoever polls it should let them
   if (w.machine->checker != nullptr) w.machine->checker->acquire_atomic(w, in, addresses);
 }
 

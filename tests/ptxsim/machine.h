@@ -103,6 +103,7 @@ struct Warp {
   uint32_t next_pc = kNever;     // the lowest pc of the other lanes: there the group has to look around
   bool reschedule = false;       // a handler changed group, pc or the state of lanes
   bool yield = false;            // ends the quantum
+  bool polls = false;            // it was ended by a load of what other warps write
   bool blocked = false;          // no lane can go on
   bool pending_wgmma = false;
   uint32_t waiting = 0;          // lanes that wait for other lanes of the warp

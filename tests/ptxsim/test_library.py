@@ -71,7 +71,7 @@ def test_report_counts_every_kernel():
     kernels = {name for source in sources for name in re.findall(r"__global__[^{]* (\w+_kernel)\(", source)}
     assert len(kernels) > 20 and set(re.findall(r"^(\w+_kernel)\b", run.stdout, re.M)) == kernels - NOT_REPORTED
     assert "norm_bwd_kernel<__nv_bfloat16, 1, 8, 1, false, false>" in run.stdout and "::" not in run.stdout
-    assert "lstm: backend 'cuda-sim-sm80' cannot run this call" in run.stdout
+    assert "gru: backend 'cuda-sim-sm80' cannot run this call" in run.stdout
 
 
 # Conformance with a GPU. What the instructions should give is tested in test_conformance*.py; here, that every case of
