@@ -14,7 +14,7 @@ SIZES = ((128, 1, 256), (128, 32, 256), (64, 64, 1024), (128, 1, 1024))
 
 
 def bench_cases(op: str, full: bool) -> list[LSTMCase]:
-    """The goals' sizes; with `full` also packed and bidirectional ones, and those with a projection."""
+    """The goals' sizes; with `full` also packed and bidirectional ones."""
     dtypes = (torch.float32, torch.bfloat16)
     if op.endswith("_cell"):
         sizes = ((1, 128), (1, 1024), (64, 1024)) if full else ((1, 128), (64, 1024))
@@ -24,7 +24,6 @@ def bench_cases(op: str, full: bool) -> list[LSTMCase]:
         lengths = tuple(range(8, 136, 4))
         found += [LSTMCase(op, 132, 32, 256, 256, dtype, lengths=lengths) for dtype in dtypes]
         found += [LSTMCase(op, 128, 32, 256, 256, dtype, layers=2, bidirectional=True) for dtype in dtypes]
-        found += [LSTMCase(op, 128, 32, 256, 256, dtype, proj=64) for dtype in dtypes if op == "lstm"]
     return found
 
 
