@@ -305,7 +305,7 @@ void run_blocks(Machine& m) {
     const int64_t quantum = by_priority ? 1 + m.random.below(2048) : 1 + m.random.below(256);
     run_warp(m, *chosen, quantum);
     // Who polls goes last; otherwise its high priority would keep the one it waits for from running.
-    if (by_priority && chosen->polls) chosen->priority = m.random.next() >> 16;
+    if (by_priority && chosen->polls) chosen->priority = 0;
     else if (by_priority && m.random.below(4) == 0) chosen->priority = m.random.next();
     if (!m.pending.empty()) land_at_random(m);
     if (m.counters.warp_instructions > m.options.max_instructions)
