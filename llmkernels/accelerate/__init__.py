@@ -14,7 +14,7 @@ from torch import nn
 
 from llmkernels import registry
 from llmkernels.accelerate.report import Entry, Report
-from llmkernels.accelerate.rules import Candidate, candidates, device_of, is_norm_like, parameter_dtype, rule
+from llmkernels.accelerate.rules import Candidate, candidates, device_of, is_reported, parameter_dtype, rule
 from llmkernels.accelerate.verify import verify
 
 __all__ = ["Candidate", "Report", "accelerate", "accelerated", "restore"]
@@ -68,7 +68,7 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> Report:
             report.entries.append(Entry(path, type(module)._original.__name__, True, "swapped before"))
             continue
         found, why = candidates(module)
-        if found or is_norm_like(module):
+        if found or is_reported(module):
             report.entries.append(_swap(path, module, found, why, backend))
     return report
 

@@ -111,7 +111,7 @@ def rule(module_type: type) -> Callable:
     return decorate
 
 
-def is_norm_like(module: nn.Module) -> bool:
+def is_reported(module: nn.Module) -> bool:
     """Whether the report should say something about this module: a norm, or a kind of torch's LSTM."""
     known = type(module) in _user_rules or isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _is_lstm(module)
     return known or ("norm" in type(module).__name__.lower() and not list(module.children()))
