@@ -54,6 +54,11 @@ def small(case: AttentionCase | CacheCase, elements: int) -> AttentionCase | Cac
     return replace(case, B=1, H=heads, Hk=1, S=min(case.S, length), T=min(case.T, length))
 
 
+def without_chance(case: AttentionCase | CacheCase) -> AttentionCase | CacheCase:
+    """`case` as a peer is checked on: torch's dropout drops other elements."""
+    return case if isinstance(case, CacheCase) else replace(case, dropout=0.0)
+
+
 def overhead_case(op: str) -> AttentionCase | CacheCase:
     """One query: the time is that of the call, not of the kernel."""
     if op == "attention_kvcache":
