@@ -194,7 +194,8 @@ def test_lstm_cell_matches_fp64_truth(case, backend):
 def test_rows_longer_than_a_block(op, backend, monkeypatch):
     from llmkernels.ops.norm import triton_kernels
 
-    monkeypatch.setattr(triton_kernels, "MAX_BLOCK", 128)
+    # With dropout the backward has half of it: the least that gives each of 32 threads a vector of its own.
+    monkeypatch.setattr(triton_kernels, "MAX_BLOCK", 256)
     assert failures(judge(cases, cases.NormCase(op, (5, 300), (300,)), backend)) == []
 
 

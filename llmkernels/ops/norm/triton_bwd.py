@@ -113,7 +113,8 @@ def _norm_bwd_kernel(
                 dweight += dy * xhat
                 dbias += dy
             else:
-                # Every thread reads back only what it wrote itself: same lanes, same block.
+                # Every thread reads back only what it wrote itself: same lanes, same block, which has a vector for each
+                # thread (4 of fp32; with fewer, threads would share elements).
                 line = program * cols + at
                 if DWEIGHT:
                     tl.store(dweight_ptr + line, tl.load(dweight_ptr + line, mask=mask) + dy * xhat, mask=mask)
