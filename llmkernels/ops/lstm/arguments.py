@@ -89,17 +89,8 @@ def check_layers(
         columns = first.w_ih.shape[1] if index < directions else directions * size
         where = f"of layer {index // directions}{' reverse' if index % directions else ''}"
         wide = gates * hidden
-        shapes = (
-            (wide, columns),
-            (wide, size),
-            (wide,),
-            (wide,),
-            (size, hidden),
-            (wide,),
-            (wide,),
-            (hidden,),
-            (hidden,),
-        )
+        shapes = ((wide, columns), (wide, size), (wide,), (wide,), (size, hidden), (wide,), (wide,), (hidden,),
+                  (hidden,))  # fmt: skip
         check_like(
             op,
             input,
