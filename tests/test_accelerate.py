@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import llmkernels
-from llmkernels.accelerate.rules import Candidate, _rms_norm
+from llmkernels.accelerate.candidate import Candidate, user_rules
+from llmkernels.accelerate.kinds.norms import rms_norm
 
 COLS = 24
 
@@ -148,9 +149,7 @@ def test_a_rule_that_offers_the_wrong_form_is_refused():
         report = accelerate(nn.Sequential(GemmaNorm()))
         assert "Llama's form disagrees" in report.kept[0].detail
     finally:
-        from llmkernels.accelerate.rules import _user_rules
-
-        del _user_rules[GemmaNorm]
+        del user_rules[GemmaNorm]
 
 
 def test_a_users_rule_is_used():
@@ -160,7 +159,7 @@ def test_a_users_rule_is_used():
 
     @llmkernels.accelerate.rule(Mine)
     def mine(module):
-        return [Candidate("rms_norm", "mine", tuple(module.normalized_shape), _rms_norm)]
+        return [Candidate("rms_norm", "mine", tuple(module.normalized_shape), rms_norm)]
 
     assert "mine on torch" in accelerate(nn.Sequential(Mine(COLS))).swapped[0].detail
 

@@ -1,0 +1,122 @@
+"""Rotary embedding in modules that call a function for it, `apply_rotary_pos_emb(q, k, cos, sin)` by any name.
+
+The function is a global name of the file that the module's class is in. The class that a module gets instead has the
+same forward with that one name bound to ours: nothing outside the module changes. The function is found by its
+arguments and recognised by what it computes.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmkernels import functional
+from llmkernels.accelerate.candidate import Candidate, Found, Trial, device_of, original_forward, parameter_dtype
+
+_ARGUMENTS = ["q", "k", "cos", "sin"]
+_SIZE, _LENGTH = 16, 6
+
+# How the columns of cos and sin belong to elements: each half of the columns for all pairs (j, j + R/2), as in LLaMA;
+# the same for pairs (2j, 2j + 1); or columns beside the elements of pairs (2j, 2j + 1), as in Cohere's models.
+FORMS = ("halves", "interleaved", "pairs")
+
+
+def recognise(module: nn.Module) -> Found:
+    forward = original_forward(module)
+    if not isinstance(forward, types.FunctionType) or not list(module.children()):
+        return None
+    names = [name for name in forward.__code__.co_names if _turns(forward.__globals__.get(name))]
+    if len(names) != 1:
+        return None
+    runs = [_Rebound(names[0], form) for form in FORMS]
+    make = lambda run: Candidate(
+        "rope", f"rope ({run.form})", (), run, trials=run.trials, example=_example, alike=run.alike
+    )
+    return [make(run) for run in runs], ""
+
+
+@functools.lru_cache(None)
+def _turns(function) -> bool:
+    """Whether the first arguments of a function are q, k, cos and sin, and the others need not be given."""
+    if not isinstance(function, types.FunctionType):
+        return False
+    parameters = list(inspect.signature(function).parameters.values())
+    first, others = parameters[:4], parameters[4:]
+    return [p.name for p in first] == _ARGUMENTS and all(p.default is not p.empty for p in others)
+
+
+def _example(module: nn.Module) -> tuple[Tensor | None, ...]:
+    q = torch.empty(1, 2, 1, _SIZE, dtype=parameter_dtype(module), device=device_of(module))
+    table = q.new_empty(1, _SIZE // 2)
+    return q, q, table, table, None
+
+
+def rotary(original: Callable, form: str, backend: str | None) -> Callable:
+    """`original` by functional.rope; calls with what that does not have go to `original`."""
+
+    def apply(q, k, cos, sin, *rest, unsqueeze_dim=1, **options):
+        usual = not rest and not options and q.dim() == k.dim() == 4 and cos.dim() == 3 and unsqueeze_dim in (1, 2)
+        if not usual or cos.shape[-1] % 2 or cos.shape[-1] > q.shape[-1]:
+            return original(q, k, cos, sin, *rest, unsqueeze_dim=unsqueeze_dim, **options)
+        if q.dtype != cos.dtype or k.dtype != cos.dtype:  # under autocast; products are of the common type
+            q, k = q.to(torch.promote_types(q.dtype, cos.dtype)), k.to(torch.promote_types(k.dtype, cos.dtype))
+        columns = slice(0, None, 2) if form == "pairs" else slice(0, cos.shape[-1] // 2)
+        return functional.rope(
+            q, k, cos[..., columns], sin[..., columns], interleaved=form != "halves",
+            seq_dim=-1 - unsqueeze_dim, backend=backend,
+        )  # fmt: skip
+
+    return apply
+
+
+@functools.lru_cache(None)
+def rebound(forward: types.FunctionType, name: str, form: str, backend: str | None) -> types.FunctionType:
+    """`forward` with the global `name` bound to ours. The other globals are those of now."""
+    ours = rotary(forward.__globals__[name], form, backend)
+    # Without the module's name: a compiler would look globals up in the module of that name, where ours is not.
+    scope = {key: value for key, value in forward.__globals__.items() if key != "__name__"} | {name: ours}
+    copied = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    return copied
+
+
+@dataclass(frozen=True)
+class _Rebound:
+    name: str
+    form: str
+
+    def __call__(self, module: nn.Module, *args, backend: str | None = None, **kwargs):
+        return rebound(original_forward(module), self.name, self.form, backend)(module, *args, **kwargs)
+
+    def alike(self, module: nn.Module) -> tuple:
+        function = original_forward(module).__globals__[self.name]
+        return function, parameter_dtype(module), device_of(module)
+
+    def trials(self, module: nn.Module, dtype: torch.dtype, backend: str | None) -> list[Trial]:
+        """Heads of which all and of which half is turned, with as many and with fewer key heads."""
+        function = original_forward(module).__globals__[self.name]
+        ours, device = rotary(function, self.form, backend), device_of(module)
+        generator = torch.Generator().manual_seed(6)
+        normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+        found = []
+        for turned, key_heads in ((_SIZE, 4), (_SIZE, 2), (_SIZE // 2, 2)):
+            angles = normal(2, _LENGTH, turned // 2).double() * 3.0
+            angles = angles.repeat_interleave(2, -1) if self.form == "pairs" else torch.cat((angles, angles), -1)
+            cos, sin = (1.1 * angles.cos()).to(dtype), (1.1 * angles.sin()).to(dtype)
+            call = lambda function, q, k, cos=cos, sin=sin: torch.cat(function(q, k, cos, sin), 1)
+            inputs = normal(2, 4, _LENGTH, _SIZE), normal(2, key_heads, _LENGTH, _SIZE)
+            trial = Trial(functools.partial(call, function), functools.partial(call, ours), inputs)
+            if turned == _SIZE or _works(trial):  # most functions turn whole heads only
+                found.append(trial)
+        return found
+
+
+def _works(trial: Trial) -> bool:
+    try:
+        return trial.original(*trial.inputs) is not None
+    except RuntimeError:
+        return False
