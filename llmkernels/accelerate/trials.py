@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llmkernels.accelerate.candidate import Candidate, Trial, device_of
 
 ROWS = 8
+GRADIENTS = 20.0  # times the tolerance of outputs, in fp32
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -76,12 +77,18 @@ def default_trials(
 
 
 def compare(trial: Trial, tolerance: float, *, gradients: bool) -> tuple[str | None, float]:
-    """(None, largest relative error of a row) if both functions agree, else (why not, that error)."""
+    """(None, largest relative error of a row) if both functions agree, else (why not, that error).
+
+    In fp32 gradients, in which the rounding errors of a forward come back multiplied, may be off by more.
+    """
     try:
         expected = _run(trial.original, trial, gradients)
     except Exception as error:  # whatever a user's module raises is the reason that is reported
         return f"the original cannot be run on generated input ({type(error).__name__}: {error})", float("inf")
-    actual = _run(trial.replacement, trial, gradients)
+    try:
+        actual = _run(trial.replacement, trial, gradients)
+    except Exception as error:
+        return f"it cannot be run on generated input ({type(error).__name__}: {error})", float("inf")
     worst = 0.0
     for name, want in expected.items():
         got = actual[name]
@@ -93,13 +100,15 @@ def compare(trial: Trial, tolerance: float, *, gradients: bool) -> tuple[str | N
             ours, theirs = (f"{name_of(t.dtype)} {tuple(t.shape)}" for t in (got, want))
             return f"{name} is {ours}, the original's {theirs}", float("inf")
         count = ROWS if got.shape == trial.inputs[0].shape and got.shape[:2] == (1, ROWS) else 1
+        want_dtype = want.dtype
         want, got = want.double().reshape(count, -1), got.double().reshape(count, -1)
         if not torch.equal(torch.isnan(want), torch.isnan(got)):
             return f"{name}: NaN in one and not in the other", float("inf")
         off = relative_error(got, want)
         worst = max(worst, off)
-        if off > tolerance:
-            return f"{name} of a row is off by {off:.1e} of its largest value, allowed {tolerance:.1e}", off
+        allowed = tolerance * (GRADIENTS if name != "output" and want_dtype == torch.float32 else 1.0)
+        if off > allowed:
+            return f"{name} of a row is off by {off:.1e} of its largest value, allowed {allowed:.1e}", off
     return None, worst
 
 

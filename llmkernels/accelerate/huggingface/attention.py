@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmkernels.accelerate.candidate import Trial, device_of, original_forward, parameter_dtype, unfit
 from llmkernels.accelerate.huggingface import interface, is_pretrained
 from llmkernels.accelerate.trials import compare, name_of
-from llmkernels.accelerate.verify import TOLERANCE, own_tolerance
+from llmkernels.accelerate.verify import TOLERANCE, backend_for, own_tolerance
 
 OP = "scaled_dot_product_attention"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -131,8 +131,8 @@ def verify(module: nn.Module, backend: str | None) -> tuple[str | None, float]:
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         for dtype in (torch.float64, torch.float32, own):
             tolerance = TOLERANCE.get(dtype) or own_tolerance(dtype)
-            for trial in trials(module, dtype, backend):
-                problem, error = compare(trial, tolerance, gradients=dtype == torch.float64)
+            for trial in trials(module, dtype, backend_for(dtype, backend)):
+                problem, error = compare(trial, tolerance, gradients=dtype.itemsize > 2)
                 if problem:
                     return f"fused attention disagrees in {name_of(dtype)}: {problem}", error
                 worst = max(worst, error if dtype.itemsize > 2 else 0.0)

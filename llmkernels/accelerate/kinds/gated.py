@@ -39,9 +39,13 @@ def recognise(module: nn.Module) -> Found:
         return None
     act = acts[0] if acts else None
     names = _activations(module, act)
+    if not names and act is None:
+        return None
     if not names:
         return [], f"its activation {type(rest[act]).__name__} is none of silu, gelu, tanh gelu and relu"
     unit = _Gated(*roles, activation="", act=act)
+    if unit.runnable(module) is None:  # an attention module has such layers too
+        return None
     units = [replace(each, activation=name) for each in _orders(unit) for name in names]
     if dropouts:
         units = [replace(each, dropout=dropouts[0], inside=inside) for each in units for inside in (True, False)]
@@ -78,7 +82,8 @@ def _activations(module: nn.Module, act: str | None) -> list[str]:
     functions = [getattr(module, act).forward] if act else []
     functions += [] if act else [value for value in vars(module).values() if callable(value)]
     found = [name for name in map(activation_of, functions) if name is not None]
-    return found or ([] if act else list(OP_OF))
+    words = {"silu", "gelu", "relu"} & set(getattr(getattr(original_forward(module), "__code__", None), "co_names", ()))
+    return found or [name for name in OP_OF if not act and name.split("_")[0] in words]
 
 
 def _orders(unit: "_Gated") -> list["_Gated"]:
@@ -129,17 +134,22 @@ class _Gated:
 
     def trials(self, module: nn.Module, dtype: torch.dtype, backend: str | None) -> list[Trial]:
         """On a stand-in, in evaluation and, where something is dropped, in training with one seed for both."""
-        stand_in = self._stand_in(module)
-        input = rows((_WIDTH,), dtype, device_of(module))
-        if not _runs(stand_in, input.to(parameter_dtype(stand_in))):  # its forward knows the sizes of the layers
-            stand_in = module
-            input = rows((getattr(module, self.gate).in_features,), dtype, device_of(module))
+        stand_in = self.runnable(module)
+        input = rows((getattr(stand_in, self.gate).in_features,), dtype, device_of(module))
         stand_in = randomised(stand_in, dtype, fan_in).eval()
         found = [module_trial(stand_in, self.candidate(), input, backend)]
         if self.dropout is not None and getattr(module, self.dropout).p > 0.0:
             training = plain_copy(stand_in).train()
             found.append(module_trial(training, self.candidate(probe=_seeded), input, backend))
         return found
+
+    def runnable(self, module: nn.Module) -> nn.Module | None:
+        """A stand-in that the forward runs with; the module where its forward knows the sizes of the layers."""
+        for each in (self._stand_in(module), module):
+            width = getattr(each, self.gate).in_features
+            if _runs(each, rows((width,), parameter_dtype(each), device_of(module))):
+                return each
+        return None
 
     def candidate(self, **options) -> Candidate:
         return Candidate(OP_OF[self.activation], str(self), (_WIDTH,), self, **options)
@@ -164,6 +174,6 @@ def _seeded(module: nn.Module, forward, input: Tensor) -> Tensor:
 def _runs(module: nn.Module, input: Tensor) -> bool:
     try:
         with torch.no_grad():
-            return module.forward(input).shape == input.shape
+            return plain_copy(module).forward(input).shape == input.shape
     except Exception:  # whatever a user's forward raises: then it is tried with its own layers
         return False

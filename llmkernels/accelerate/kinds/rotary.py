@@ -39,12 +39,11 @@ def recognise(module: nn.Module) -> Found:
     return [make(run) for run in runs], ""
 
 
-@functools.lru_cache(None)
-def _turns(function) -> bool:
-    """Whether the first arguments of a function are q, k, cos and sin, and the others need not be given."""
-    if not isinstance(function, types.FunctionType):
+def _turns(thing) -> bool:
+    """Whether a thing is a function whose first arguments are q, k, cos and sin, and the others need not be given."""
+    if not isinstance(thing, types.FunctionType):
         return False
-    parameters = list(inspect.signature(function).parameters.values())
+    parameters = list(inspect.signature(thing).parameters.values())
     first, others = parameters[:4], parameters[4:]
     return [p.name for p in first] == _ARGUMENTS and all(p.default is not p.empty for p in others)
 
