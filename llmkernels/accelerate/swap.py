@@ -25,23 +25,31 @@ class Accelerated:
     def __reduce_ex__(self, protocol):
         # The subclass is made at run time, so a pickle or deep copy names the original class instead.
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # object has none in 3.10
-        return _rebuild, (type(self)._original,), state
+        return _rebuild, (type(self)._original, *self._llmkernels), state
 
 
 @functools.cache
-def _subclass(original: type) -> type:
+def _subclass(original: type, bind: Callable | None, backend: str | None) -> type:
     names = {"_original": original, "__module__": original.__module__}
+    if bind is not None:
+        names["forward"] = bind(original.forward, backend)
     return type(f"Accelerated{original.__name__}", (Accelerated, original), names)
 
 
-def _rebuild(original: type) -> nn.Module:
-    return nn.Module.__new__(_subclass(original))
+def _class_for(original: type, run: Callable, backend: str | None) -> type:
+    """The subclass with the forward that calls `run`, or with the one that `run.bind` makes of the original's."""
+    bind = getattr(run, "bind", None)
+    return _subclass(original, bind, None if bind is None else backend)
+
+
+def _rebuild(original: type, run: Callable, backend: str | None) -> nn.Module:
+    return nn.Module.__new__(_class_for(original, run, backend))
 
 
 def swap(module: nn.Module, run: Callable, backend: str | None) -> None:
     """Give `module` the forward `run`, of a subclass of its own class."""
     module._llmkernels = (run, backend)
-    module.__class__ = _subclass(type(module))
+    module.__class__ = _class_for(type(module), run, backend)
 
 
 def original_class(module: nn.Module) -> type:

@@ -18,6 +18,7 @@ KNOWN = frozenset(
 )  # fmt: skip
 
 
+@functools.cache
 def register(backend: str | None) -> str:
     """Make the name known to transformers, for attention and, without which padding would be dropped, for masks.
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkernels import functional
-from llmkernels.accelerate.candidate import Candidate, Found, Trial, device_of, original_forward, parameter_dtype
+from llmkernels.accelerate.candidate import Candidate, Found, Trial, device_of, parameter_dtype
 
 _ROWS = 12
 
@@ -16,8 +16,6 @@ def recognise(module: nn.Module) -> Found:
 
 
 def _loss(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor, *, backend: str | None = None) -> Tensor:
-    if target.is_floating_point() and module.ignore_index >= 0:  # torch ignores the index then, we refuse it
-        return original_forward(module)(module, input, target)
     return functional.cross_entropy(
         input, target, module.weight, module.ignore_index, module.reduction, module.label_smoothing, backend=backend
     )
@@ -44,7 +42,7 @@ def _trials(module: nn.CrossEntropyLoss, dtype: torch.dtype, backend: str | None
     indices[3] = module.ignore_index
     probabilities = torch.rand(_ROWS, classes, generator=generator, dtype=torch.float64).to(dtype).to(device)
     cases = [(logits, indices), (logits.view(2, -1, classes).transpose(1, 2), indices.view(2, -1))]
-    cases += [(logits, probabilities)]
+    cases += [(logits, probabilities)] if module.ignore_index < 0 else []  # torch has no such index for these
     return [
         Trial(
             lambda x, target=target: duplicate(x, target),

@@ -72,7 +72,6 @@ def rotary(original: Callable, form: str, backend: str | None) -> Callable:
     return apply
 
 
-@functools.lru_cache(None)
 def rebound(forward: types.FunctionType, name: str, form: str, backend: str | None) -> types.FunctionType:
     """`forward` with the global `name` bound to ours. The other globals are those of now."""
     ours = rotary(forward.__globals__[name], form, backend)
@@ -89,7 +88,11 @@ class _Rebound:
     form: str
 
     def __call__(self, module: nn.Module, *args, backend: str | None = None, **kwargs):
-        return rebound(original_forward(module), self.name, self.form, backend)(module, *args, **kwargs)
+        return self.bind(original_forward(module), backend)(module, *args, **kwargs)
+
+    def bind(self, forward: types.FunctionType, backend: str | None) -> types.FunctionType:
+        """The forward itself, made once for a class: a compiler cannot look into the making."""
+        return rebound(forward, self.name, self.form, backend)
 
     def alike(self, module: nn.Module) -> tuple:
         function = original_forward(module).__globals__[self.name]
