@@ -69,13 +69,13 @@ class Candidate:
         op: the op of llmkernels that does the work, whose backends are asked.
         description: what runs, for the report.
         normalized_shape: the shape of one row of input, to verify with.
-        run: the forward.
+        run: the forward. It may have `covers`, names of submodules whose work it does, and `bind(forward, backend)`,
+            which makes a whole forward from the original one, for a compiler to see no more than that.
         probe: `probe(module, forward, input)` makes one tensor of what a forward does with rows `[1, 8, *shape]`; by
             default `forward(input)`.
         weights: makes parameters for that from normal values.
         example: the tensors with which the backends of `op` are asked whether they run it; by default rows.
         trials: for what is not verified as a whole module: `trials(module, dtype, backend)` gives what to compare.
-        covers: names of submodules that it does the work of.
         alike: modules for which `alike(module)` is equal are verified once; None: each by itself.
     """
 
@@ -87,7 +87,6 @@ class Candidate:
     weights: Callable[[Tensor], Tensor] = _about_one
     example: Callable[[nn.Module], tuple[Tensor | None, ...]] | None = None
     trials: Callable[[nn.Module, torch.dtype, str | None], Sequence[Trial]] | None = None
-    covers: tuple[str, ...] = ()
     alike: Callable[[nn.Module], Hashable] | None = signature
 
 

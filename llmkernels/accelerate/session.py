@@ -44,6 +44,7 @@ class Session:
         for path, module in self.model.named_modules():
             if isinstance(module, swap.Accelerated):
                 name = swap.original_class(module).__name__
+                covered |= _covered(module, module._llmkernels[0])
                 self.report.entries.append(Entry(path, name, True, "swapped before", replacement="swapped before"))
             elif found[id(module)] is not None and id(module) not in covered:
                 with at_home(*homes[id(module)]):
@@ -78,7 +79,7 @@ class Session:
                 speed = self._speed(module, candidate)
                 refusal = timing.refusal(speed)
             if refusal is None:
-                covered.update(id(getattr(module, child)) for child in candidate.covers)
+                covered |= _covered(module, candidate.run)
                 swap.swap(module, candidate.run, self.backend)
                 detail = f"{candidate.description} on {runs}"
                 return Entry(path, name, True, detail, error, candidate.description, runs, speed)
@@ -106,6 +107,10 @@ class Session:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in explained.reasons.items() if reason)
             return "", f"nothing faster than plain PyTorch runs it here ({reasons})"
         return explained.chosen, None
+
+
+def _covered(module: nn.Module, run: Callable) -> set[int]:
+    return {id(getattr(module, child)) for child in getattr(run, "covers", ())}
 
 
 def _taken_back(entry: Entry) -> Entry:

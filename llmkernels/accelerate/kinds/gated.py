@@ -49,7 +49,7 @@ def recognise(module: nn.Module) -> Found:
     units = [replace(each, activation=name) for each in _orders(unit) for name in names]
     if dropouts:
         units = [replace(each, dropout=dropouts[0], inside=inside) for each in units for inside in (True, False)]
-    return [run.candidate(trials=run.trials, example=run.example, covers=(act,) if act else ()) for run in units], ""
+    return [run.candidate(trials=run.trials, example=run.example) for run in units], ""
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -109,6 +109,11 @@ class _Gated:
         names = f"{self.gate}, {self.up}" if self.up else f"{self.gate}, {'up first' if self.up_first else 'packed'}"
         form = " tanh" if self.activation == "gelu_tanh" else ""
         return f"{OP_OF[self.activation]}{form} ({names})"
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        """The activation, which is not called."""
+        return (self.act,) if self.act else ()
 
     def __call__(self, module: nn.Module, *args, backend: str | None = None, **kwargs) -> Tensor:
         layers = module._modules
