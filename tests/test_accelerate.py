@@ -130,6 +130,13 @@ def test_refuses(norm):
     assert report.kept[0].detail != "" and type(model[0]) is before
 
 
+def test_refuses_what_drops_in_training_alone_in_either_mode():
+    for mode in (True, False):
+        model = nn.Sequential(WithDropout()).train(mode)
+        report = accelerate(model)
+        assert "disagrees in float64" in report.kept[0].detail and model[0].training is mode
+
+
 @pytest.mark.parametrize("norm, form", ((LlamaNorm, "(weight)"), (GemmaNorm, "(1 + weight)")))
 def test_the_form_is_found_and_not_assumed(norm, form):
     report = accelerate(nn.Sequential(norm()))

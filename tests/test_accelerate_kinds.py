@@ -187,13 +187,22 @@ class OtherActivation(MLP):
         return self.down_proj(y * self.up_proj(x))
 
 
+class DropsInTraining(MLP):
+    def __init__(self):
+        super().__init__()
+        self.eval()
+
+    def forward(self, x):
+        return torch_functional.dropout(super().forward(x), 0.2, self.training)
+
+
 class Clipped(MLP):
     def forward(self, x):
         return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=50.0) * self.up_proj(x))
 
 
 @pytest.mark.parametrize(
-    "kind", (Sum, BothActivated, ActivatedAfter, OnePercentOff, Residual, OtherActivation, Clipped)
+    "kind", (Sum, BothActivated, ActivatedAfter, OnePercentOff, Residual, OtherActivation, Clipped, DropsInTraining)
 )
 def test_what_is_no_gated_mlp_is_refused(kind):
     module = kind()

@@ -154,6 +154,8 @@ def unfit(module: nn.Module) -> str | None:
     tensors = tensors_of(module)
     if any(tensor.is_meta for tensor in tensors):
         return "it is on the meta device, where there is nothing to verify with; accelerate it once it has values"
+    if any(hasattr(tensor, "placements") for tensor in tensors):
+        return "its tensors are distributed; accelerate the model before it is sharded"
     devices = sorted({str(tensor.device) for tensor in tensors})
     if len(devices) > 1:
         return f"its tensors are on {' and '.join(devices)}, expected one device"

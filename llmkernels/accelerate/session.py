@@ -12,6 +12,7 @@ from llmkernels.accelerate.huggingface import has_pretrained
 from llmkernels.accelerate.kinds import recognise
 from llmkernels.accelerate.report import Entry, Report
 from llmkernels.accelerate.select import Selection
+from llmkernels.accelerate.trials import CANNOT_RUN
 from llmkernels.accelerate.verify import Verifier
 
 
@@ -75,17 +76,20 @@ class Session:
             error = speed = None
             if refusal is None and (self.verify or len(found) > 1):
                 refusal, error = self.verifier.verify(module, candidate, self.captured.get(id(module)))
-            if refusal is None and self.benchmark:
-                speed = self._speed(module, candidate)
-                refusal = timing.refusal(speed)
-            if refusal is None:
-                covered |= _covered(module, candidate.run)
-                swap.swap(module, candidate.run, self.backend)
-                detail = f"{candidate.description} on {runs}"
-                return Entry(path, name, True, detail, error, candidate.description, runs, speed)
-            if refusal not in reasons:
+            if refusal is not None:
                 reasons.append(refusal)
-        return Entry(path, name, False, "; ".join(reasons))
+                if CANNOT_RUN in refusal:  # nor could it beside the others
+                    break
+                continue
+            if self.benchmark:
+                speed = self._speed(module, candidate)
+                if (refusal := timing.refusal(speed)) is not None:
+                    return Entry(path, name, False, refusal, error, speed=speed)
+            covered |= _covered(module, candidate.run)
+            swap.swap(module, candidate.run, self.backend)
+            detail = f"{candidate.description} on {runs}"
+            return Entry(path, name, True, detail, error, candidate.description, runs, speed)
+        return Entry(path, name, False, "; ".join(dict.fromkeys(reasons)))
 
     def _speed(self, module: nn.Module, candidate: Candidate) -> float:
         key = (candidate.description, candidate.alike(module)) if candidate.alike is not None else (id(module),)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from llmkernels.accelerate.candidate import Candidate, Trial, device_of
 
 ROWS = 8
+CANNOT_RUN = "the original cannot be run on generated input"
 GRADIENTS = 20.0  # times the tolerance of outputs, in fp32
 
 
@@ -71,8 +72,11 @@ def module_trial(module: nn.Module, candidate: Candidate, input: Tensor, backend
 def default_trials(
     module: nn.Module, candidate: Candidate, dtype: torch.dtype, backend: str | None, *, own: bool
 ) -> list[Trial]:
-    """The whole module on rows: with its `own` parameters, or with random ones in `dtype`."""
-    copied = plain_copy(module) if own else randomised(module, dtype, candidate.weights)
+    """The whole module on rows: with its `own` parameters as it is, or with random ones in `dtype`.
+
+    In fp64 it is in training, in fp32 in eval mode: a forward may drop something without a module for it.
+    """
+    copied = plain_copy(module) if own else randomised(module, dtype, candidate.weights).train(dtype == torch.float64)
     return [module_trial(copied, candidate, rows(candidate.normalized_shape, dtype, device_of(module)), backend)]
 
 
@@ -84,7 +88,7 @@ def compare(trial: Trial, tolerance: float, *, gradients: bool) -> tuple[str | N
     try:
         expected = _run(trial.original, trial, gradients)
     except Exception as error:  # whatever a user's module raises is the reason that is reported
-        return f"the original cannot be run on generated input ({type(error).__name__}: {error})", float("inf")
+        return f"{CANNOT_RUN} ({type(error).__name__}: {error})", float("inf")
     try:
         actual = _run(trial.replacement, trial, gradients)
     except Exception as error:

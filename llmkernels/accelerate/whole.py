@@ -37,7 +37,7 @@ def as_call(example_inputs) -> tuple[tuple, dict]:
 
 
 def run(model: nn.Module, call: tuple[tuple, dict], watched: Iterable[nn.Module] = ()) -> tuple[Outcome, dict]:
-    """The outcome, and what each `watched` module was given in its first call: {id: (args, kwargs)}."""
+    """The outcome, and what each `watched` module was given first, if that can be repeated: {id: (args, kwargs)}."""
     seen: dict[int, tuple] = {}
     handles = [module.register_forward_pre_hook(_Keep(seen), with_kwargs=True) for module in watched]
     modes = [(module, module.training) for module in model.modules()]
@@ -68,9 +68,18 @@ class _Keep:
         self.seen = seen
 
     def __call__(self, module, args, kwargs):
-        if id(module) not in self.seen:
+        if id(module) not in self.seen and _repeatable((args, kwargs)):
             keep = lambda x: x.detach().clone() if isinstance(x, Tensor) else x
             self.seen[id(module)] = pytree.tree_map(keep, (args, kwargs))
+
+
+def _repeatable(value) -> bool:
+    """Whether a call with this can be made again: of a cache the first call changes what the next one sees."""
+    if isinstance(value, dict):
+        return all(map(_repeatable, value.values()))
+    if isinstance(value, (tuple, list)):
+        return all(map(_repeatable, value))
+    return value is None or isinstance(value, (Tensor, str, bool, int, float))
 
 
 def _plain(output):

@@ -14,7 +14,7 @@ NAME = "llmkernels"
 # the shapes and the module do not say too; as for transformers' sdpa, they need not be read.
 KNOWN = frozenset(
     {"dropout", "scaling", "is_causal", "sliding_window", "softcap", "position_bias", "output_attentions",
-     "position_ids", "use_cache", "past_key_values", "cache_position"}
+     "deterministic", "position_ids", "use_cache", "past_key_values", "cache_position"}
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkernels.accelerate import timing
 from llmkernels.accelerate.candidate import Trial, device_of, parameter_dtype
 from llmkernels.accelerate.trials import compare, name_of
 from llmkernels.accelerate.verify import TOLERANCE, own_tolerance
@@ -98,21 +99,37 @@ def _name(function) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
+def trials(module: nn.Module, loss: TokenLoss, dtype: torch.dtype, length: int, classes: int) -> list[Trial]:
+    """Both losses of one batch: the mean, by a number of tokens that is given, and with another index ignored."""
+    device, generator = device_of(module), torch.Generator().manual_seed(9)
+    logits = 4.0 * torch.randn(2, length, classes, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, classes, (2, length), generator=generator).to(device)
+    found = []
+    for ignored, options in ((-100, {}), (-100, {"num_items_in_batch": 5}), (3, {"ignore_index": 3})):
+        some = labels.clone()
+        some[1, length // 2 :] = ignored
+        found.append(
+            Trial(
+                lambda x, y=some, options=options: loss.original(x, y, classes, **options),
+                lambda x, y=some, options=options: loss(x, y, classes, **options),
+                (logits.to(dtype).to(device),),
+            )
+        )
+    return found
+
+
+def speed(module: nn.Module, loss: TokenLoss) -> float:
+    """How many times as fast it is with as many classes as the model has, or 8,192."""
+    classes = min(getattr(module.config, "vocab_size", 8192), 8192)
+    trial = trials(module, loss, parameter_dtype(module), 64, classes)[0]
+    return timing.ratio(timing.calls(trial, module.training))
+
+
 def _verify(module: nn.Module, loss: TokenLoss) -> tuple[str | None, float]:
-    worst, device = 0.0, device_of(module)
-    generator = torch.Generator().manual_seed(9)
-    logits = 4.0 * torch.randn(2, 9, _CLASSES, generator=generator, dtype=torch.float64)
-    labels = torch.randint(0, _CLASSES, (2, 9), generator=generator).to(device)
+    worst = 0.0
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         for dtype in (torch.float32, parameter_dtype(module)):
-            for ignored, options in ((-100, {}), (-100, {"num_items_in_batch": 5}), (3, {"ignore_index": 3})):
-                some = labels.clone()
-                some[1, 4:] = ignored
-                trial = Trial(
-                    lambda x, y=some, options=options: loss.original(x, y, _CLASSES, **options),
-                    lambda x, y=some, options=options: loss(x, y, _CLASSES, **options),
-                    (logits.to(dtype).to(device),),
-                )
+            for trial in trials(module, loss, dtype, 9, _CLASSES):
                 problem, error = compare(trial, TOLERANCE.get(dtype) or own_tolerance(dtype), gradients=True)
                 if problem:
                     return f"cross_entropy disagrees in {name_of(dtype)}: {problem}", error

@@ -100,18 +100,20 @@ def _losses(session) -> list[Entry]:
             entries.append(Entry(path, name, True, "swapped before", replacement="swapped before"))
             continue
         reason = session.selection.why_not(module)
-        runs, error = "", None
+        runs, error, speed = "", None, None
         if reason is None:
             like = torch.empty(1, 8, dtype=parameter_dtype(module), device=device_of(module))
             runs, reason = session.runs_on(loss.OP, (like, like.new_zeros(1, dtype=torch.int64), None))
         if reason is None:
             with at_home(parameter_dtype(module), device_of(module)):
                 found, reason, error = loss.find(module, session.backend)
+        if reason is None and session.benchmark:
+            speed = loss.speed(module, found)
+            reason = timing.refusal(speed)
         if reason is not None:
-            entries.append(Entry(path, name, False, reason, error))
+            entries.append(Entry(path, name, False, reason, error, speed=speed))
             continue
         swap.keep(module, loss.LossFunction.set(module, found))
-        entries.append(
-            Entry(path, name, True, f"loss by cross_entropy on {runs}", error, "loss by cross_entropy", runs)
-        )
+        to = "loss by cross_entropy"
+        entries.append(Entry(path, name, True, f"{to} on {runs}", error, to, runs, speed))
     return entries

@@ -138,15 +138,15 @@ class _Gated:
         return like, None if self.up is None else like
 
     def trials(self, module: nn.Module, dtype: torch.dtype, backend: str | None) -> list[Trial]:
-        """On a stand-in, in evaluation and, where something is dropped, in training with one seed for both."""
+        """On a stand-in, in eval mode and in training, where what is dropped is drawn from one seed for both."""
         stand_in = self.runnable(module)
         input = rows((getattr(stand_in, self.gate).in_features,), dtype, device_of(module))
         stand_in = randomised(stand_in, dtype, fan_in).eval()
-        found = [module_trial(stand_in, self.candidate(), input, backend)]
-        if self.dropout is not None and getattr(module, self.dropout).p > 0.0:
-            training = plain_copy(stand_in).train()
-            found.append(module_trial(training, self.candidate(probe=_seeded), input, backend))
-        return found
+        training = plain_copy(stand_in).train()
+        return [
+            module_trial(stand_in, self.candidate(), input, backend),
+            module_trial(training, self.candidate(probe=_seeded), input, backend),
+        ]
 
     def runnable(self, module: nn.Module) -> nn.Module | None:
         """A stand-in that the forward runs with; the module where its forward knows the sizes of the layers."""

@@ -14,7 +14,7 @@ def recognise(module: nn.Module) -> Found:
         op = "scaled_dot_product_attention"
         return [Candidate(op, "fused attention", (module.embed_dim,), multihead_attention, _attend)], ""
     if type(module).forward is nn.TransformerEncoderLayer.forward:
-        # One thread, ours part by part against torch's fused layer, 6 shapes in fp32 and bf16: 1.01x to 1.10x.
+        # One thread, ours with fused additions against torch's fused layer, 6 shapes in fp32 and bf16: 1.01x to 1.10x.
         return [], "its parts are swapped; in eval mode without gradients torch's own fused layer runs, as fast"
     return None
 
