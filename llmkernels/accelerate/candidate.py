@@ -68,7 +68,7 @@ class Candidate:
     Args:
         op: the op of llmkernels that does the work, whose backends are asked.
         description: what runs, for the report.
-        normalized_shape: the shape of one row of input, to verify with.
+        normalized_shape: the shape of one row of input, to verify and to time with; () where a row says nothing.
         run: the forward. It may have `covers`, names of submodules whose work it does, and `bind(forward, backend)`,
             which makes a whole forward from the original one, for a compiler to see no more than that.
         probe: `probe(module, forward, input)` makes one tensor of what a forward does with rows `[1, 8, *shape]`; by
@@ -76,6 +76,7 @@ class Candidate:
         weights: makes parameters for that from normal values.
         example: the tensors with which the backends of `op` are asked whether they run it; by default rows.
         trials: for what is not verified as a whole module: `trials(module, dtype, backend)` gives what to compare.
+        timed: for what has no row: `timed(module, dtype, backend)` gives what to time.
         alike: modules for which `alike(module)` is equal are verified once; None: each by itself.
     """
 
@@ -87,6 +88,7 @@ class Candidate:
     weights: Callable[[Tensor], Tensor] = _about_one
     example: Callable[[nn.Module], tuple[Tensor | None, ...]] | None = None
     trials: Callable[[nn.Module, torch.dtype, str | None], Sequence[Trial]] | None = None
+    timed: Callable[[nn.Module, torch.dtype, str | None], Trial] | None = None
     alike: Callable[[nn.Module], Hashable] | None = signature
 
 

@@ -20,25 +20,22 @@ SLOWER = 0.97  # below this it is slower, above it within the noise of a median 
 def speed(module: nn.Module, candidate: Candidate, captured: tuple | None, backend: str | None) -> float:
     """How many times as fast the candidate is, in the mode that the module is in: forward, and backward in training.
 
-    On what the model gave the module, where that is known, else on generated rows. What is verified as a
-    function is timed as one.
+    On what the model gave the module, where that is known, else on generated rows, or what the candidate has to time.
     """
+    if captured is None and candidate.timed is not None:
+        return ratio(calls(candidate.timed(module, parameter_dtype(module), backend), module.training))
     copied = plain_copy(module)
     replaced = functools.partial(candidate.run, copied, backend=backend)
     if captured is not None:
         args, kwargs = captured
         one = lambda forward: forward(*args, **kwargs)
         leaves = [x for x in pytree.tree_leaves(captured) if isinstance(x, Tensor) and x.is_floating_point()]
-    elif candidate.trials is None:
-        # Rows as verification has them, enough to be worth a time.
+    else:
         size = (1, ROWS, *candidate.normalized_shape)
         rows = torch.randn(size, generator=torch.Generator().manual_seed(2)).to(
             device_of(module), parameter_dtype(module)
         )
         one, leaves = lambda forward: candidate.probe(copied, forward, rows), [rows]
-    else:
-        trials = candidate.trials(module, parameter_dtype(module), backend)
-        return ratio(calls(trials[0], module.training))
     parameters = [p for p in copied.parameters() if p.requires_grad]
     return ratio(tuple(_call(functools.partial(one, f), [*leaves, *parameters], module.training)
                        for f in (copied.forward, replaced)))  # fmt: skip

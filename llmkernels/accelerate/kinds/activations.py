@@ -11,6 +11,7 @@ from llmkernels.accelerate.candidate import Candidate, Found, device_of, paramet
 from llmkernels.ops.gated.reference import ACTIVATIONS
 
 _WORDS = ("gelu", "silu", "swish")
+_WIDTH = 1024  # of rows to time with: that of the inner layer of a small model
 
 
 def recognise(module: nn.Module) -> Found:
@@ -23,7 +24,7 @@ def recognise(module: nn.Module) -> Found:
     if name not in ("gelu", "gelu_tanh", "silu"):
         return [], "it computes neither GELU, exact or by tanh, nor SiLU"
     op = "silu" if name == "silu" else "gelu"
-    return [Candidate(op, name.replace("_", " by "), (16,), _Activation(name), example=_example)], ""
+    return [Candidate(op, name.replace("_", " by "), (_WIDTH,), _Activation(name), example=_example)], ""
 
 
 def activation_of(function: Callable) -> str | None:
@@ -48,7 +49,7 @@ def hooked(module: nn.Module) -> bool:
 
 
 def _example(module: nn.Module) -> tuple[Tensor | None, ...]:
-    return torch.empty(1, 16, dtype=parameter_dtype(module), device=device_of(module)), None
+    return torch.empty(1, _WIDTH, dtype=parameter_dtype(module), device=device_of(module)), None
 
 
 @dataclass(frozen=True)

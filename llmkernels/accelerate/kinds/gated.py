@@ -49,7 +49,7 @@ def recognise(module: nn.Module) -> Found:
     units = [replace(each, activation=name) for each in _orders(unit) for name in names]
     if dropouts:
         units = [replace(each, dropout=dropouts[0], inside=inside) for each in units for inside in (True, False)]
-    return [run.candidate(trials=run.trials, example=run.example) for run in units], ""
+    return [run.candidate(module, trials=run.trials, example=run.example) for run in units], ""
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -140,13 +140,11 @@ class _Gated:
     def trials(self, module: nn.Module, dtype: torch.dtype, backend: str | None) -> list[Trial]:
         """On a stand-in, in eval mode and in training, where what is dropped is drawn from one seed for both."""
         stand_in = self.runnable(module)
-        input = rows((getattr(stand_in, self.gate).in_features,), dtype, device_of(module))
-        stand_in = randomised(stand_in, dtype, fan_in).eval()
-        training = plain_copy(stand_in).train()
-        return [
-            module_trial(stand_in, self.candidate(), input, backend),
-            module_trial(training, self.candidate(probe=_seeded), input, backend),
-        ]
+        candidate = self.candidate(stand_in, probe=_seeded)
+        input = rows(candidate.normalized_shape, dtype, device_of(module))
+        stand_in = randomised(stand_in, dtype, fan_in)
+        modes = stand_in.eval(), plain_copy(stand_in).train()
+        return [module_trial(each, candidate, input, backend) for each in modes]
 
     def runnable(self, module: nn.Module) -> nn.Module | None:
         """A stand-in that the forward runs with; the module where its forward knows the sizes of the layers."""
@@ -156,8 +154,10 @@ class _Gated:
                 return each
         return None
 
-    def candidate(self, **options) -> Candidate:
-        return Candidate(OP_OF[self.activation], str(self), (_WIDTH,), self, **options)
+    def candidate(self, module: nn.Module, **options) -> Candidate:
+        """What runs, for rows as wide as those of `module`."""
+        width = getattr(module, self.gate).in_features
+        return Candidate(OP_OF[self.activation], str(self), (width,), self, **options)
 
     def _stand_in(self, module: nn.Module) -> nn.Module:
         duplicate, dtype, device = plain_copy(module), parameter_dtype(module), device_of(module)

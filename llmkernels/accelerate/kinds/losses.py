@@ -12,7 +12,7 @@ _ROWS = 12
 def recognise(module: nn.Module) -> Found:
     if type(module).forward is not nn.CrossEntropyLoss.forward:
         return None
-    return [Candidate("cross_entropy", "cross_entropy", (), _loss, trials=_trials, example=_example)], ""
+    return [Candidate("cross_entropy", "cross_entropy", (), _loss, trials=_trials, timed=_timed, example=_example)], ""
 
 
 def _loss(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor, *, backend: str | None = None) -> Tensor:
@@ -28,6 +28,15 @@ def _classes(module: nn.CrossEntropyLoss) -> int:
 def _example(module: nn.CrossEntropyLoss) -> tuple[Tensor | None, ...]:
     rows = torch.empty(1, _classes(module), dtype=parameter_dtype(module), device=device_of(module))
     return rows, torch.zeros(1, dtype=torch.int64, device=rows.device), module.weight
+
+
+def _timed(module: nn.CrossEntropyLoss, dtype: torch.dtype, backend: str | None) -> Trial:
+    """256 rows of as many classes as there are weights for, or of 8,192."""
+    generator, device = torch.Generator().manual_seed(7), device_of(module)
+    classes = 8192 if module.weight is None else _classes(module)
+    logits = torch.randn(256, classes, generator=generator).to(device, dtype)
+    target = torch.randint(0, classes, (256,), generator=generator).to(device)
+    return Trial(lambda x: module.forward(x, target), lambda x: _loss(module, x, target, backend=backend), (logits,))
 
 
 def _trials(module: nn.CrossEntropyLoss, dtype: torch.dtype, backend: str | None) -> list[Trial]:

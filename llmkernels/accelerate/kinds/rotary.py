@@ -34,7 +34,7 @@ def recognise(module: nn.Module) -> Found:
         return None
     runs = [_Rebound(names[0], form) for form in FORMS]
     make = lambda run: Candidate(
-        "rope", f"rope ({run.form})", (), run, trials=run.trials, example=_example, alike=run.alike
+        "rope", f"rope ({run.form})", (), run, trials=run.trials, timed=run.timed, example=_example, alike=run.alike
     )
     return [make(run) for run in runs], ""
 
@@ -57,16 +57,19 @@ def _example(module: nn.Module) -> tuple[Tensor | None, ...]:
 def rotary(original: Callable, form: str, backend: str | None) -> Callable:
     """`original` by functional.rope; calls with what that does not have go to `original`."""
 
-    def apply(q, k, cos, sin, *rest, unsqueeze_dim=1, **options):
-        usual = not rest and not options and q.dim() == k.dim() == 4 and cos.dim() == 3 and unsqueeze_dim in (1, 2)
+    def apply(q, k, cos, sin, *rest, **options):
+        heads = options.get("unsqueeze_dim", 1)  # the dimension of q that cos has not
+        usual = not rest and options.keys() <= {"unsqueeze_dim"} and heads in (1, 2)
+        usual = usual and q.dim() == k.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape
+        usual = usual and cos.shape[0] in (1, q.shape[0]) and cos.shape[1] == q.shape[3 - heads] == k.shape[3 - heads]
         if not usual or cos.shape[-1] % 2 or cos.shape[-1] > q.shape[-1]:
-            return original(q, k, cos, sin, *rest, unsqueeze_dim=unsqueeze_dim, **options)
+            return original(q, k, cos, sin, *rest, **options)
         if q.dtype != cos.dtype or k.dtype != cos.dtype:  # under autocast; products are of the common type
             q, k = q.to(torch.promote_types(q.dtype, cos.dtype)), k.to(torch.promote_types(k.dtype, cos.dtype))
         columns = slice(0, None, 2) if form == "pairs" else slice(0, cos.shape[-1] // 2)
         return functional.rope(
             q, k, cos[..., columns], sin[..., columns], interleaved=form != "halves",
-            seq_dim=-1 - unsqueeze_dim, backend=backend,
+            seq_dim=-1 - heads, backend=backend,
         )  # fmt: skip
 
     return apply
@@ -100,21 +103,26 @@ class _Rebound:
 
     def trials(self, module: nn.Module, dtype: torch.dtype, backend: str | None) -> list[Trial]:
         """Heads of which all and of which half is turned, with as many and with fewer key heads."""
-        function = original_forward(module).__globals__[self.name]
-        ours, device = rotary(function, self.form, backend), device_of(module)
+        sizes = ((_SIZE, 4), (_SIZE, 2), (_SIZE // 2, 2))
+        found = [self._trial(module, dtype, backend, (2, 4, _LENGTH, _SIZE), *each) for each in sizes]
+        return [trial for i, trial in enumerate(found) if i < 2 or _works(trial)]  # most turn whole heads only
+
+    def timed(self, module: nn.Module, dtype: torch.dtype, backend: str | None) -> Trial:
+        """A prompt of 256 tokens."""
+        return self._trial(module, dtype, backend, (1, 8, 256, 64), 64, 8)
+
+    def _trial(self, module, dtype, backend, shape: tuple[int, ...], turned: int, key_heads: int) -> Trial:
+        function, device = original_forward(module).__globals__[self.name], device_of(module)
+        batch, _, length, size = shape
         generator = torch.Generator().manual_seed(6)
-        normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
-        found = []
-        for turned, key_heads in ((_SIZE, 4), (_SIZE, 2), (_SIZE // 2, 2)):
-            angles = normal(2, _LENGTH, turned // 2).double() * 3.0
-            angles = angles.repeat_interleave(2, -1) if self.form == "pairs" else torch.cat((angles, angles), -1)
-            cos, sin = (1.1 * angles.cos()).to(dtype), (1.1 * angles.sin()).to(dtype)
-            call = lambda function, q, k, cos=cos, sin=sin: torch.cat(function(q, k, cos, sin), 1)
-            inputs = normal(2, 4, _LENGTH, _SIZE), normal(2, key_heads, _LENGTH, _SIZE)
-            trial = Trial(functools.partial(call, function), functools.partial(call, ours), inputs)
-            if turned == _SIZE or _works(trial):  # most functions turn whole heads only
-                found.append(trial)
-        return found
+        normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+        angles = 3.0 * normal(batch, length, turned // 2)
+        angles = angles.repeat_interleave(2, -1) if self.form == "pairs" else torch.cat((angles, angles), -1)
+        cos, sin = (1.1 * angles.cos()).to(dtype), (1.1 * angles.sin()).to(dtype)
+        call = lambda function, q, k: torch.cat(function(q, k, cos, sin), 1)
+        inputs = normal(*shape).to(dtype), normal(batch, key_heads, length, size).to(dtype)
+        ours = rotary(function, self.form, backend)
+        return Trial(functools.partial(call, function), functools.partial(call, ours), inputs)
 
 
 def _works(trial: Trial) -> bool:
