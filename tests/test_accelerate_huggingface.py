@@ -175,6 +175,68 @@ def test_forms_of_rotary_embedding(monkeypatch, form, expected):
         )
 
 
+@pytest.mark.parametrize(
+    "change", ("", "unsqueeze 2", "partial", "shared", "two dimensions", "positions", "wider", "other dtype")
+)
+def test_calls_that_rope_does_not_have_go_to_the_original(monkeypatch, change):
+    from llmkernels.accelerate.kinds import rotary as kind
+
+    calls, original, usual = [], modeling_llama.apply_rotary_pos_emb, kind.functional.rope
+    if change == "positions":
+        original = lambda q, k, cos, sin, position_ids=None: modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+    if change == "partial":
+        original = transformers.models.phi3.modeling_phi3.apply_rotary_pos_emb
+    monkeypatch.setattr(kind.functional, "rope", lambda *args, **kwargs: calls.append(1) or usual(*args, **kwargs))
+    ours = kind.rotary(original, "halves", "torch")
+    q, k, options = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 6, 16), {}
+    angles = torch.randn(1 if change == "shared" else 2, 6, 4 if change == "partial" else 8)
+    cos, sin = (torch.cat((f, f), -1) for f in (angles.cos(), angles.sin()))
+    if change == "unsqueeze 2":
+        q, k, options = q.transpose(1, 2), k.transpose(1, 2), {"unsqueeze_dim": 2}
+    if change == "two dimensions":
+        q, k, cos, sin = q[0, 0], k[0, 0], cos[0], sin[0]
+        original = lambda q, k, cos, sin: modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=0)
+        ours = kind.rotary(original, "halves", "torch")
+    if change == "positions":
+        options = {"position_ids": torch.arange(6)}
+    if change == "wider":
+        q, k = q[:1], k[:1]
+    if change == "other dtype":
+        q, k = q.bfloat16(), k.bfloat16()
+    expected, found = original(q, k, cos, sin, **options), ours(q, k, cos, sin, **options)
+    torch.testing.assert_close(found, expected)
+    assert len(calls) == (change not in ("two dimensions", "positions", "wider"))
+
+
+def test_tables_that_do_not_repeat_are_left_to_the_original():
+    """What trying out the function cannot see: its tables come from another module."""
+
+    class TwoAngles(modeling_llama.LlamaRotaryEmbedding):
+        def forward(self, x, position_ids):
+            cos, sin = super().forward(x, position_ids)
+            first, second = sin.chunk(2, -1)
+            return cos, torch.cat((first, 0.5 * second), -1)
+
+    def make():
+        model = LLAMA.make()
+        model.model.rotary_emb.__class__ = TwoAngles
+        return model
+
+    class Attention(modeling_llama.LlamaAttention):
+        """A class of its own, by which the finding is kept."""
+
+        forward = modeling_llama.LlamaAttention.forward
+
+    plain, fast, inputs = make(), make(), LLAMA.inputs()
+    for layer in fast.model.layers:
+        layer.self_attn.__class__ = Attention
+    report = accelerate(fast)
+    assert len(entries(report, "rope")) == 2
+    torch.testing.assert_close(
+        LLAMA.kept(output_of(fast, inputs)), LLAMA.kept(output_of(plain, inputs)), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_rope_is_what_runs(monkeypatch):
     model, inputs, calls = LLAMA.make(), LLAMA.inputs(), []
     accelerate(model)

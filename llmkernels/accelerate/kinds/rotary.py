@@ -55,7 +55,12 @@ def _example(module: nn.Module) -> tuple[Tensor | None, ...]:
 
 
 def rotary(original: Callable, form: str, backend: str | None) -> Callable:
-    """`original` by functional.rope; calls with what that does not have go to `original`."""
+    """`original` by functional.rope; calls with what that does not have go to `original`.
+
+    Ours reads half of the columns of the tables. Whether the others are the same is the model's affair, not that of the
+    function that was tried out, so the first prompt is looked at.
+    """
+    fits: list[bool] = []  # what was found there
 
     def apply(q, k, cos, sin, *rest, **options):
         heads = options.get("unsqueeze_dim", 1)  # the dimension of q that cos has not
@@ -63,6 +68,11 @@ def rotary(original: Callable, form: str, backend: str | None) -> Callable:
         usual = usual and q.dim() == k.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape
         usual = usual and cos.shape[0] in (1, q.shape[0]) and cos.shape[1] == q.shape[3 - heads] == k.shape[3 - heads]
         if not usual or cos.shape[-1] % 2 or cos.shape[-1] > q.shape[-1]:
+            return original(q, k, cos, sin, *rest, **options)
+        # The first position alone says nothing: its angles are all zero.
+        if not fits and not torch.compiler.is_compiling() and type(cos) is Tensor and cos.shape[1] > 1:
+            fits.append(_repeats(cos, form) and _repeats(sin, form))
+        if fits and not fits[0]:
             return original(q, k, cos, sin, *rest, **options)
         if q.dtype != cos.dtype or k.dtype != cos.dtype:  # under autocast; products are of the common type
             q, k = q.to(torch.promote_types(q.dtype, cos.dtype)), k.to(torch.promote_types(k.dtype, cos.dtype))
@@ -73,6 +83,14 @@ def rotary(original: Callable, form: str, backend: str | None) -> Callable:
         )  # fmt: skip
 
     return apply
+
+
+def _repeats(table: Tensor, form: str) -> bool:
+    """Whether the columns that are not read are those that are."""
+    if form == "interleaved":  # where the original does not read them either
+        return True
+    first, second = (table[..., ::2], table[..., 1::2]) if form == "pairs" else table.chunk(2, -1)
+    return torch.equal(first, second)
 
 
 def rebound(forward: types.FunctionType, name: str, form: str, backend: str | None) -> types.FunctionType:
