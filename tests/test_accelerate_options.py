@@ -1,5 +1,6 @@
 """The options of accelerate: what may be swapped, how it is judged, and that nothing stays half done."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 import llmkernels
-from llmkernels.accelerate import session, timing
+from llmkernels.accelerate import Report, session, timing
 from llmkernels.accelerate.candidate import Candidate, user_rules
 from llmkernels.accelerate.kinds.norms import rms_norm
 
@@ -324,6 +325,12 @@ def test_the_report_in_every_form():
     assert page.count("<tr>") == 5 and page.startswith("<table><caption>accelerate: 5 swapped")
     assert report.__rich__().row_count == 4
     assert str(accelerate(nn.Linear(2, 2))) == "accelerate: 0 swapped, 0 kept as they were"
+
+
+def test_json_has_no_infinity():
+    entry = llmkernels.accelerate(nn.LayerNorm(4), backend="torch").entries[0]
+    report = Report([dataclasses.replace(entry, swapped=False, error=float("inf"))])
+    assert json.loads(report.to_json(), parse_constant=pytest.fail)["entries"][0]["error"] is None
 
 
 def test_the_report_escapes_what_it_shows():

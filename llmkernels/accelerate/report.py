@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -52,6 +53,9 @@ class Report:
     def to_dict(self) -> dict:
         """What there is in plain Python values."""
         entries = [asdict(entry) for entry in self.entries]
+        for entry in entries:
+            if entry["error"] is not None and not math.isfinite(entry["error"]):
+                entry["error"] = None  # JSON has no such number; the reason says what it was
         return {"swapped": len(self.swapped), "kept": len(self.kept), "whole": self.whole, "entries": entries}
 
     def to_json(self, **options) -> str:
