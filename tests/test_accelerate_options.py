@@ -270,6 +270,45 @@ def test_a_whole_model_that_disagrees_is_as_it_was():
         del user_rules[Mine]
 
 
+class OverwritesItself(nn.Module):
+    """Has no backward: what that would need is overwritten."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.scale = nn.LayerNorm(COLS), nn.Parameter(torch.ones(COLS))
+
+    def forward(self, input):
+        x = self.norm(input)
+        y = x * self.scale
+        x.add_(1.0)
+        return y + x
+
+
+def test_a_model_without_a_backward():
+    report = accelerate(OverwritesItself(), example_inputs=torch.randn(3, COLS))
+    assert len(report.swapped) == 1 and "it has no backward (one of the variables" in report.whole
+
+
+class Padded(nn.Module):
+    """Gives of padding another number each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.count = nn.LayerNorm(COLS), 0.0
+
+    def forward(self, x, attention_mask):
+        self.count += 1.0
+        return torch.where(attention_mask[..., None] == 1, self.norm(x), self.count)
+
+
+def test_what_a_mask_hides_is_not_compared():
+    x, mask = torch.randn(2, 3, COLS), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    report = accelerate(Padded(), example_inputs={"x": x, "attention_mask": mask})
+    assert len(report.swapped) == 1, report.whole
+    report = accelerate(Padded(), example_inputs=(x, mask))
+    assert not report.swapped and "nothing was swapped" in report.whole
+
+
 def test_example_inputs_that_are_none():
     with pytest.raises(TypeError, match="example_inputs is a list, expected a tensor"):
         accelerate(model_of(), example_inputs=[1])

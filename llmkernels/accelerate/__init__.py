@@ -52,7 +52,8 @@ def accelerate(
             told apart by trying alone (Llama's or Gemma's norm, the order of a gated unit) is still tried.
         example_inputs: arguments for the model: a tensor, a tuple, or a dict of keywords. Replacements are then also
             compared on what they are given in the model, outputs and gradients, and after all the model's outputs and
-            gradients: if these disagree, nothing is swapped and the report says so. The model runs in eval mode, twice.
+            gradients: if these disagree, nothing is swapped and the report says so. The model runs in eval mode, twice;
+            what a keyword `attention_mask` hides is not compared.
         benchmark: time each replacement beside its original, in the mode that the model is in (in training with the
             backward), on the example inputs or on generated ones, and leave alone what would be slower.
         inplace: False accelerates a deep copy, which is the report's `model`.

@@ -1,6 +1,7 @@
 """Run a whole model on example inputs: what its modules are given, and what comes out before and after.
 
 The model runs in eval mode, so that dropout does not tell two runs apart; its own hooks run, as they do in every call.
+Where an argument `attention_mask` hides tokens, outputs are not compared.
 """
 
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ class Outcome:
 
     outputs: list[Tensor]
     gradients: dict[str, Tensor]
+    problem: str | None = None  # why there are no gradients
 
 
 def as_call(example_inputs) -> tuple[tuple, dict]:
@@ -48,19 +50,35 @@ def run(model: nn.Module, call: tuple[tuple, dict], watched: Iterable[nn.Module]
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
             outputs = [x for x in pytree.tree_leaves(_plain(model(*args, **kwargs))) if isinstance(x, Tensor)]
-            outputs = [x for x in outputs if x.is_floating_point()]
-            differentiable = [x for x in outputs if x.requires_grad]
-            gradients: dict[str, Tensor] = {}
-            if differentiable and parameters:
-                cotangents = [_cotangent(x, i) for i, x in enumerate(differentiable)]
-                found = torch.autograd.grad(differentiable, list(parameters.values()), cotangents, allow_unused=True)
-                gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+            kept = kwargs.get("attention_mask")
+            outputs = [_without_padding(x, kept) for x in outputs if x.is_floating_point()]
+            gradients, problem = _gradients(outputs, parameters)
     finally:
         for handle in handles:
             handle.remove()
         for module, training in modes:
             module.training = training
-    return Outcome([x.detach() for x in outputs], gradients), seen
+    return Outcome([x.detach() for x in outputs], gradients, problem), seen
+
+
+def _gradients(outputs: list[Tensor], parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Tensor], str | None]:
+    """The gradients of the parameters, and why there are none if the model has no backward."""
+    differentiable = [x for x in outputs if x.requires_grad]
+    if not differentiable or not parameters:
+        return {}, None
+    cotangents = [_cotangent(x, i) for i, x in enumerate(differentiable)]
+    try:
+        found = torch.autograd.grad(differentiable, list(parameters.values()), cotangents, allow_unused=True)
+    except RuntimeError as error:  # as a model has it that overwrites its state
+        return {}, str(error).splitlines()[0]
+    return {name: grad for name, grad in zip(parameters, found, strict=True) if grad is not None}, None
+
+
+def _without_padding(x: Tensor, mask) -> Tensor:
+    """`x` with zeros where an attention mask hides the token: what comes out there is anybody's choice."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or x.dim() < 2 or x.shape[:2] != mask.shape:
+        return x
+    return x.masked_fill((mask == 0).view(*mask.shape, *[1] * (x.dim() - 2)), 0.0)
 
 
 class _Keep:
@@ -98,10 +116,12 @@ def compare(before: Outcome, after: Outcome) -> tuple[bool, str]:
     """Whether both agree, and a sentence with the figures."""
     if [x.shape for x in before.outputs] != [x.shape for x in after.outputs]:
         return False, "its outputs have other shapes"
-    if before.gradients.keys() != after.gradients.keys():
+    if before.problem is None and after.problem is not None:
+        return False, f"its backward raises: {after.problem}"
+    if before.problem is None and before.gradients.keys() != after.gradients.keys():
         return False, f"other parameters have gradients: {sorted(before.gradients.keys() ^ after.gradients.keys())[:3]}"
     pairs = [("outputs", a, b) for a, b in zip(before.outputs, after.outputs, strict=True)]
-    pairs += [(f"gradient of {n}", g, after.gradients[n]) for n, g in before.gradients.items()]
+    pairs += [(f"gradient of {n}", grad, after.gradients[n]) for n, grad in before.gradients.items()]
     # A gradient that is nothing but rounding, as a key bias has, is measured by the size of all of them.
     scale = max((g.double().norm().item() for g in before.gradients.values()), default=0.0)
     worst = {"outputs": 0.0, "gradients": 0.0}
@@ -116,4 +136,5 @@ def compare(before: Outcome, after: Outcome) -> tuple[bool, str]:
         kind = name if name == "outputs" else "gradients"
         worst[kind] = max(worst[kind], error)
     tail = f", gradients {worst['gradients']:.0e}" if before.gradients else ""
+    tail += f"; it has no backward ({before.problem})" if before.problem else ""
     return True, f"outputs differ by {worst['outputs']:.0e} of their size{tail}"

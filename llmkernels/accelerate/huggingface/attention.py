@@ -21,6 +21,7 @@ from llmkernels.accelerate.verify import TOLERANCE, backend_for, own_tolerance
 
 OP = "scaled_dot_product_attention"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_EAGER = "eager_attention_forward"
 _REPLACED = ("eager", "sdpa")  # others were chosen by somebody who wants them
 
 
@@ -69,7 +70,7 @@ def why_not(module: nn.Module) -> str | None:
     if (reason := unfit(module)) is not None:
         return reason
     keywords = call_of_interface(inspect.unwrap(original_forward(module)))
-    if keywords is None:
+    if keywords is None or current_function(module) is None:
         return "how it calls its attention is not known"
     unknown = sorted(set(keywords) - interface.KNOWN)
     if unknown:
@@ -114,8 +115,8 @@ def _value(module: nn.Module, expression: ast.expr | None):
 
 def current_function(module: nn.Module):
     """What the module calls as its config is now."""
-    scope = inspect.unwrap(original_forward(module)).__globals__
-    return scope[_INTERFACE].get_interface(module.config._attn_implementation, scope.get("eager_attention_forward"))
+    scope, name = inspect.unwrap(original_forward(module)).__globals__, module.config._attn_implementation
+    return scope.get(_EAGER) if name == "eager" else scope[_INTERFACE][name]
 
 
 def alike(module: nn.Module) -> tuple:
