@@ -83,6 +83,11 @@ FAMILIES: dict[str, Family] = {
         "Phi3ForCausalLM", "Phi3Config",
         {name: count for name, count in _LLAMA.items() if "swiglu" not in name} | {"swiglu (gate_up_proj, packed)": 2},
     ),
+    "gpt_oss": _decoder(
+        "GptOssForCausalLM", "GptOssConfig",
+        {"rms_norm (weight)": 5, "rope (half tables)": 2, "fused attention": 2, "loss": 1},
+        head_dim=8, sliding_window=5, num_local_experts=2, num_experts_per_tok=2,
+    ),
     "gpt2": Family(
         "GPT2LMHeadModel", "GPT2Config",
         _IDS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},

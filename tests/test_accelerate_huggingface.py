@@ -117,15 +117,18 @@ def test_without_the_mask_interface_padding_would_be_lost(monkeypatch):
     assert (LLAMA.kept(output_of(model, inputs)) - expected).abs().max() > 1e-2
 
 
-def test_weights_are_returned_where_they_are_asked_for():
-    for attn in ("eager", "sdpa"):
-        model, inputs = LLAMA.make(attn_implementation=attn), LLAMA.inputs()
-        expected = LLAMA.make(attn_implementation="eager")(**inputs, output_attentions=True).attentions
-        accelerate(model)
-        found = model(**inputs, output_attentions=True).attentions
-        assert len(found) == len(expected) == 2
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a[:, :, 4:], b[:, :, 4:], rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(
+    "name, before", (("llama", "eager"), ("llama", "sdpa"), ("gpt_oss", "eager"), ("gemma2", "eager"))
+)
+def test_weights_are_returned_where_they_are_asked_for(name, before):
+    family = FAMILIES[name]
+    model, inputs = family.make(attn_implementation=before), family.inputs()
+    expected = family.make(attn_implementation="eager")(**inputs, output_attentions=True).attentions
+    assert entries(accelerate(model), "fused attention")
+    found = model(**inputs, output_attentions=True).attentions
+    assert len(found) == len(expected) == 2
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a[:, :, 4:], b[:, :, 4:], rtol=1e-4, atol=1e-5)
 
 
 def test_a_paged_cache_is_refused():

@@ -78,7 +78,7 @@ class Session:
                 refusal, error = self.verifier.verify(module, candidate, self.captured.get(id(module)))
             if refusal is not None:
                 reasons.append(refusal)
-                if CANNOT_RUN in refusal:  # nor could it beside the others
+                if CANNOT_RUN in refusal and candidate.trials is None:  # nor could it beside the others
                     break
                 continue
             if self.benchmark:

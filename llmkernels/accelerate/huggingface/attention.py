@@ -21,6 +21,7 @@ from llmkernels.accelerate.verify import TOLERANCE, backend_for, own_tolerance
 
 OP = "scaled_dot_product_attention"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_SETTINGS = ("scaling", "softcap", "s_aux")  # of the keywords, those that a module has a value for
 _EAGER = "eager_attention_forward"
 _REPLACED = ("eager", "sdpa")  # others were chosen by somebody who wants them
 
@@ -121,7 +122,7 @@ def current_function(module: nn.Module):
 
 def alike(module: nn.Module) -> tuple:
     keywords = call_of_interface(inspect.unwrap(original_forward(module)))
-    values = tuple((name, _value(module, keywords.get(name))) for name in ("scaling", "softcap"))
+    values = tuple((name, _value(module, keywords.get(name))) for name in _SETTINGS)
     attributes = tuple(getattr(module, name, None) for name in ("is_causal", "num_key_value_groups", "head_dim"))
     return current_function(module), values, attributes, parameter_dtype(module), device_of(module)
 
@@ -143,7 +144,8 @@ def verify(module: nn.Module, backend: str | None) -> tuple[str | None, float]:
 def trials(module: nn.Module, dtype: torch.dtype, backend: str | None, length: int = 7) -> list[Trial]:
     """A prompt without and with padding, and one query with the keys of a cache."""
     keywords = call_of_interface(inspect.unwrap(original_forward(module)))
-    options = {name: _value(module, keywords[name]) for name in ("scaling", "softcap") if name in keywords}
+    options = {name: _value(module, keywords[name]) for name in _SETTINGS if name in keywords}
+    sinks = options.get("s_aux")
     current, is_eager = current_function(module), module.config._attn_implementation == "eager"
     groups = getattr(module, "num_key_value_groups", 1)
     size = getattr(module, "head_dim", None) or 16
@@ -152,7 +154,8 @@ def trials(module: nn.Module, dtype: torch.dtype, backend: str | None, length: i
     causal = getattr(module, "is_causal", True)
     found = []
     for rows, keys, padded in ((length, length, False), (length, length, True), (1, length + 2, False)):
-        q, k, v = normal(2, 2 * groups, rows, size), normal(2, 2, keys, size), normal(2, 2, keys, size)
+        shared = 2 if sinks is None else sinks.shape[0] // groups  # sinks belong to the heads that the module has
+        q, k, v = normal(2, shared * groups, rows, size), normal(2, shared, keys, size), normal(2, shared, keys, size)
         k = k * size**-0.5 if options.get("scaling") == 1.0 else k  # or one key would have all the weight
         inputs = [q, k, v]
         mask = _mask(rows, keys, causal, padded=padded, device=device) if padded else None
@@ -162,10 +165,11 @@ def trials(module: nn.Module, dtype: torch.dtype, backend: str | None, length: i
         if is_eager and seen is not None:
             seen = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
         if "position_bias" in keywords:
-            inputs.append(normal(1, 2 * groups, rows, keys))
+            inputs.append(normal(1, shared * groups, rows, keys))
         call = functools.partial(_call, module, options=options)
         ours = functools.partial(interface.attention, backend=backend)
-        found.append(Trial(functools.partial(call, current, seen), functools.partial(call, ours, mask), tuple(inputs)))
+        both = functools.partial(call, current, seen), functools.partial(call, ours, mask)
+        found.append(Trial(*both, tuple(inputs), () if sinks is None else (("sinks", sinks),)))
     return found
 
 

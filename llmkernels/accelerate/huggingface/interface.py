@@ -13,7 +13,7 @@ NAME = "llmkernels"
 # What a model may hand to its attention beside q, k, v and the mask. The others of these say nothing that the mask,
 # the shapes and the module do not say too; as for transformers' sdpa, they need not be read.
 KNOWN = frozenset(
-    {"dropout", "scaling", "is_causal", "sliding_window", "softcap", "position_bias", "output_attentions",
+    {"dropout", "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "position_bias", "output_attentions",
      "deterministic", "position_ids", "use_cache", "past_key_values", "cache_position"}
 )  # fmt: skip
 
@@ -36,8 +36,8 @@ def register(backend: str | None) -> str:
 def attention(
     module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, is_causal: bool | None = None, position_bias: Tensor | None = None,
-    softcap: float | None = None, cache=None, output_attentions: bool | None = False, *, backend: str | None = None,
-    **unread,
+    softcap: float | None = None, s_aux: Tensor | None = None, cache=None, output_attentions: bool | None = False,
+    *, backend: str | None = None, **unread,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The function that models call.
 
@@ -47,6 +47,7 @@ def attention(
         attention_mask: broadcasts to `[B, H, S, T]`: boolean (True takes part), or added to the scores; or None.
             Without one a causal module sees the first keys up to its own, if there is more than one query.
         position_bias: added to the scores.
+        s_aux: `[H]`: sinks, a score of each head that joins the denominator alone.
         output_attentions: also return the weights, which plain PyTorch computes then.
     Returns: (`[B, S, H, D]`, weights `[B, H, S, T]` or None).
     Raises: NotImplementedError, a paged cache of transformers' continuous batching is given.
@@ -60,9 +61,10 @@ def attention(
     mask = _mask(attention_mask, position_bias, query.dtype)
     if scaling is None:
         scaling = 1.0 / math.sqrt(query.shape[-1])
-    heads = {"enable_gqa": query.shape[1] != key.shape[1], "softcap": softcap or 0.0, "backend": backend}
-    out = functional.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scaling, **heads)
-    weights = _weights(query, key, mask, causal, scaling, softcap) if output_attentions else None
+    options = {"softcap": softcap or 0.0, "sinks": s_aux, "backend": backend}
+    grouped = query.shape[1] != key.shape[1]
+    out = functional.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scaling, grouped, **options)
+    weights = _weights(query, key, mask, causal, scaling, softcap, s_aux) if output_attentions else None
     return out.transpose(1, 2).contiguous(), weights
 
 
@@ -75,7 +77,7 @@ def _mask(mask: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tenso
     return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
-def _weights(query, key, mask, causal: bool, scaling: float, softcap: float | None) -> Tensor:
+def _weights(query, key, mask, causal: bool, scaling: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
     """The weights before dropout, in plain PyTorch."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = (query @ key.transpose(-1, -2)).float() * scaling
@@ -85,4 +87,6 @@ def _weights(query, key, mask, causal: bool, scaling: float, softcap: float | No
         scores = scores.masked_fill(~kept, -torch.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1).nan_to_num(0.0).to(query.dtype)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(scores).view(-1, 1, 1).expand(*scores.shape[:-1], 1)), -1)
+    return torch.softmax(scores, -1)[..., : key.shape[2]].nan_to_num(0.0).to(query.dtype)

@@ -21,8 +21,9 @@ _ARGUMENTS = ["q", "k", "cos", "sin"]
 _SIZE, _LENGTH = 16, 6
 
 # How the columns of cos and sin belong to elements: each half of the columns for all pairs (j, j + R/2), as in LLaMA;
-# the same for pairs (2j, 2j + 1); or columns beside the elements of pairs (2j, 2j + 1), as in Cohere's models.
-FORMS = ("halves", "interleaved", "pairs")
+# the same for pairs (2j, 2j + 1), as in GLM; columns beside the elements of pairs (2j, 2j + 1), as in Cohere's models;
+# or one column for each pair (j, j + R/2), as in GPT-OSS.
+FORMS = ("halves", "interleaved", "pairs", "half tables")
 
 
 def recognise(module: nn.Module) -> Found:
@@ -67,7 +68,8 @@ def rotary(original: Callable, form: str, backend: str | None) -> Callable:
         usual = not rest and options.keys() <= {"unsqueeze_dim"} and heads in (1, 2)
         usual = usual and q.dim() == k.dim() == 4 and cos.dim() == 3 and cos.shape == sin.shape
         usual = usual and cos.shape[0] in (1, q.shape[0]) and cos.shape[1] == q.shape[3 - heads] == k.shape[3 - heads]
-        if not usual or cos.shape[-1] % 2 or cos.shape[-1] > q.shape[-1]:
+        columns = _columns(form, cos.shape[-1])
+        if not usual or columns is None or 2 * len(range(cos.shape[-1])[columns]) > q.shape[-1]:
             return original(q, k, cos, sin, *rest, **options)
         # The first position alone says nothing: its angles are all zero.
         if not fits and not torch.compiler.is_compiling() and type(cos) is Tensor and cos.shape[1] > 1:
@@ -76,18 +78,29 @@ def rotary(original: Callable, form: str, backend: str | None) -> Callable:
             return original(q, k, cos, sin, *rest, **options)
         if q.dtype != cos.dtype or k.dtype != cos.dtype:  # under autocast; products are of the common type
             q, k = q.to(torch.promote_types(q.dtype, cos.dtype)), k.to(torch.promote_types(k.dtype, cos.dtype))
-        columns = slice(0, None, 2) if form == "pairs" else slice(0, cos.shape[-1] // 2)
-        return functional.rope(
-            q, k, cos[..., columns], sin[..., columns], interleaved=form != "halves",
-            seq_dim=-1 - heads, backend=backend,
-        )  # fmt: skip
+        cos, sin, interleaved = cos[..., columns], sin[..., columns], form in ("interleaved", "pairs")
+        return functional.rope(q, k, cos, sin, interleaved=interleaved, seq_dim=-1 - heads, backend=backend)
 
     return apply
 
 
+def _columns(form: str, count: int) -> slice | None:
+    """Which of `count` columns of a table there is one of for each pair of elements; None: the number is odd."""
+    if form == "half tables":
+        return slice(None)
+    return None if count % 2 else slice(0, None, 2) if form == "pairs" else slice(0, count // 2)
+
+
+def _tables(form: str, angles: Tensor) -> Tensor:
+    """Angles, one for each pair of elements, as columns of a table."""
+    if form == "half tables":
+        return angles
+    return angles.repeat_interleave(2, -1) if form == "pairs" else torch.cat((angles, angles), -1)
+
+
 def _repeats(table: Tensor, form: str) -> bool:
     """Whether the columns that are not read are those that are."""
-    if form == "interleaved":  # where the original does not read them either
+    if form in ("interleaved", "half tables"):  # the original does not read others, or there are none
         return True
     first, second = (table[..., ::2], table[..., 1::2]) if form == "pairs" else table.chunk(2, -1)
     return torch.equal(first, second)
@@ -135,7 +148,7 @@ class _Rebound:
         generator = torch.Generator().manual_seed(6)
         normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
         angles = 3.0 * normal(batch, length, turned // 2)
-        angles = angles.repeat_interleave(2, -1) if self.form == "pairs" else torch.cat((angles, angles), -1)
+        angles = _tables(self.form, angles)
         cos, sin = (1.1 * angles.cos()).to(dtype), (1.1 * angles.sin()).to(dtype)
         call = lambda function, q, k: torch.cat(function(q, k, cos, sin), 1)
         inputs = normal(*shape).to(dtype), normal(batch, key_heads, length, size).to(dtype)
