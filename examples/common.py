@@ -151,6 +151,10 @@ class Study:
         self.rows.append(Row(name, unit, *found))
         return found
 
+    def compare(self, name: str, unit: str, plain: float, fast: float, *, smaller: bool = False) -> None:
+        """Two numbers that were had elsewhere; with `smaller` how many times smaller the second is counts."""
+        self.rows.append(Row(name, unit, plain, fast, plain / fast if smaller else None))
+
     def time(self, name: str, unit: str, items: int, plain: Callable[[], Any], fast: Callable[[], Any], *,
              slower: str | None = None) -> None:  # fmt: skip
         """`items` of `unit` a second by two functions, in turns."""
@@ -238,6 +242,11 @@ def peak_memory(function: Callable[[], Any], device: str) -> float:
 def _resident(field: str) -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
     return float(line.split()[1]) * 1024.0
+
+
+def size(model: nn.Module) -> float:
+    """MB of parameters and buffers."""
+    return sum(part.nbytes for part in (*model.parameters(), *model.buffers())) / 2**20
 
 
 def number(value: float) -> str:

@@ -3,6 +3,7 @@
 from llmkernels import autograd, compat, functional, nn
 from llmkernels._explain import backends, explain
 from llmkernels.accelerate import accelerate, accelerated, restore
+from llmkernels.generation import generate
 from llmkernels.registry import NoBackendError, use_backend
 from llmkernels.sdpa_hook import disable_sdpa, enable_sdpa
 
@@ -19,6 +20,7 @@ __all__ = [
     "enable_sdpa",
     "explain",
     "functional",
+    "generate",
     "nn",
     "restore",
     "use_backend",
