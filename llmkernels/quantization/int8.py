@@ -73,11 +73,11 @@ def check_parts(data: Tensor, scales: Tensor, shape: tuple[int, int], name: str 
     _checks.part("int8", f"{name}'s scales", scales, (torch.float32,), (shape[0],))
 
 
-def check_values(data: Tensor, scales: Tensor, name: str = "data") -> None:
+def check_values(tensor: QuantizedTensor, name: str = "data") -> None:
     """Raises ValueError for bytes and scales that `quantize` never writes; for what comes from a file."""
-    if bool((data == -MAX - 1).any()):
+    if bool((tensor.data == -MAX - 1).any()):
         raise ValueError(f"int8: {name} has a -128, expected -{MAX} to {MAX}")
-    _checks.finite_positive("int8", scales, name)
+    _checks.finite_positive("int8", tensor.scales, name)
 
 
 def dequantize(tensor: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
