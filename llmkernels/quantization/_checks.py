@@ -62,6 +62,12 @@ def group(format: str, group_size: int | None, known: tuple[int | None, ...]) ->
         raise ValueError(f"{format}: group_size is {group_size!r}, expected one of {names}")
 
 
+def scale_dtype(format: str, dtype: torch.dtype) -> None:
+    """Raises ValueError for a dtype that scales of groups cannot have."""
+    if dtype not in SCALE_DTYPES:
+        raise ValueError(f"{format}: scale_dtype is {dtype}, expected one of {', '.join(map(str, SCALE_DTYPES))}")
+
+
 def finite_positive(format: str, scales: Tensor, name: str) -> None:
     """Raises ValueError for scales that quantize never writes; for what comes from a file."""
     if not bool((scales.isfinite() & (scales > 0.0)).all()):

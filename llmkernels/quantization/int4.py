@@ -61,15 +61,36 @@ def quantize(
     """
     _checks.no_option("int4", options)
     _checks.group("int4", group_size, GROUP_SIZES)
-    if scale_dtype not in _checks.SCALE_DTYPES:
-        names = ", ".join(map(str, _checks.SCALE_DTYPES))
-        raise ValueError(f"int4: scale_dtype is {scale_dtype}, expected one of {names}")
+    _checks.scale_dtype("int4", scale_dtype)
     groups = _groups.split(_checks.finite_matrix("int4", weight, name), group_size)
     scales, zeros = _best(groups, symmetric, scale_dtype, name)
     codes = _codes(groups, scales.double(), None if zeros is None else zeros.double())
     data = pack(_groups.join(codes, weight.shape[1]))
     shape = tuple(weight.shape)
     return QuantizedTensor("int4", shape, data, scales, weight.dtype, zeros, None, group_size, activations)
+
+
+def empty(
+    shape: tuple[int, int],
+    device=None,
+    *,
+    group_size: int | None = 64,
+    symmetric: bool = True,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    activations: str | None = None,
+    **options,
+) -> QuantizedTensor:
+    """Zeros of a shape `[N, K]` and the options of `quantize`, for what is loaded later. Raises: as `quantize`."""
+    _checks.no_option("int4", options)
+    _checks.group("int4", group_size, GROUP_SIZES)
+    _checks.scale_dtype("int4", scale_dtype)
+    groups = (shape[0], _groups.count(shape[1], group_size))
+    data = torch.full((shape[0], (shape[1] + 1) // 2), MIDDLE * 17, dtype=torch.uint8, device=device)
+    if shape[1] % 2:
+        data[:, -1:] = MIDDLE
+    scales = torch.ones(groups, dtype=scale_dtype, device=device)
+    zeros = None if symmetric else torch.full(groups, MIDDLE, dtype=torch.uint8, device=device)
+    return QuantizedTensor("int4", shape, data, scales, torch.float32, zeros, None, group_size, activations)
 
 
 def _best(groups: Tensor, symmetric: bool, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor | None]:

@@ -48,6 +48,14 @@ def quantize(weight: Tensor, name: str = "weight", *, activations: str | None = 
     return QuantizedTensor("int8", tuple(weight.shape), pack(values), scales, weight.dtype, activations=activations)
 
 
+def empty(shape: tuple[int, int], device=None, *, activations: str | None = None, **options) -> QuantizedTensor:
+    """Zeros of a shape `[N, K]`, for what is loaded later. Raises: TypeError for an option."""
+    _checks.no_option("int8", options)
+    data = torch.zeros(shape, dtype=torch.int8, device=device)
+    scales = torch.ones(shape[0], dtype=torch.float32, device=device)
+    return QuantizedTensor("int8", shape, data, scales, activations=activations)
+
+
 def pack(values: Tensor) -> Tensor:
     """Integers -127 ... 127 `[N, K]` of any dtype as the packed form. Raises: ValueError, others are among them."""
     if values.numel() and not bool((values.abs() <= MAX).all()):
