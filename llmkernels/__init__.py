@@ -2,7 +2,9 @@
 
 from llmkernels import autograd, compat, functional, nn
 from llmkernels._explain import backends, explain
-from llmkernels.accelerate import accelerate, accelerated, restore
+from llmkernels._restore import restore
+from llmkernels.accelerate import accelerate, accelerated
+from llmkernels.quantization.model import quantize
 from llmkernels.registry import NoBackendError, use_backend
 from llmkernels.sdpa_hook import disable_sdpa, enable_sdpa
 
@@ -20,6 +22,7 @@ __all__ = [
     "explain",
     "functional",
     "nn",
+    "quantize",
     "restore",
     "use_backend",
 ]

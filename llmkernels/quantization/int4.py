@@ -47,6 +47,7 @@ def quantize(
     group_size: int | None = 64,
     symmetric: bool = True,
     scale_dtype: torch.dtype = torch.bfloat16,
+    importance: Tensor | None = None,
     activations: str | None = None,
     **options,
 ) -> QuantizedTensor:
@@ -56,14 +57,22 @@ def quantize(
         group_size: 32, 64, 128, or None for one scale a row.
         symmetric: False stores a zero point for each group too, for weights that are not about zero.
         scale_dtype: bfloat16, float16 or float32.
+        importance: `[K]`, what the squared error of a column counts where scales are chosen, for instance the mean
+            square of its input; None: all alike.
     Raises: ValueError or TypeError: `weight` is not a floating matrix of finite values that `scale_dtype` can scale, or
         an option is none of these. `name` is what the messages call it.
     """
     _checks.no_option("int4", options)
     _checks.group("int4", group_size, GROUP_SIZES)
     _checks.scale_dtype("int4", scale_dtype)
-    groups = _groups.split(_checks.finite_matrix("int4", weight, name), group_size)
-    scales, zeros = _best(groups, symmetric, scale_dtype, name)
+    wide = _checks.finite_matrix("int4", weight, name)
+    groups = _groups.split(wide, group_size)
+    if importance is not None:
+        if tuple(importance.shape) != (wide.shape[1],) or not bool((importance.isfinite() & (importance >= 0.0)).all()):
+            got = f"shape {tuple(importance.shape)}"
+            raise ValueError(f"int4: importance has {got}, expected ({wide.shape[1]},), finite and not below zero")
+        importance = _groups.split((importance / importance.max().clamp(min=1e-30)).float()[None], group_size)
+    scales, zeros = _best(groups, symmetric, scale_dtype, name, importance)
     codes = _codes(groups, scales.double(), None if zeros is None else zeros.double())
     data = pack(_groups.join(codes, weight.shape[1]))
     shape = tuple(weight.shape)
@@ -93,7 +102,8 @@ def empty(
     return QuantizedTensor("int4", shape, data, scales, torch.float32, zeros, None, group_size, activations)
 
 
-def _best(groups: Tensor, symmetric: bool, dtype: torch.dtype, name: str) -> tuple[Tensor, Tensor | None]:
+def _best(groups: Tensor, symmetric: bool, dtype: torch.dtype, name: str,
+          importance: Tensor | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(scales `[N, G]` in `dtype`, zeros `[N, G]` uint8 or None) of the least error for `[N, G, group_size]`."""
     low, high = groups.amin(2).clamp(max=0.0), groups.amax(2).clamp(min=0.0)
     size = torch.maximum(-low, high) if symmetric else high - low
@@ -107,7 +117,8 @@ def _best(groups: Tensor, symmetric: bool, dtype: torch.dtype, name: str) -> tup
         zeros = None if symmetric else (-low / wide - (steps - CODES) / 2.0).round().clamp(0, CODES)
         step = (wide / unit).float()[..., None]
         middle = MIDDLE if zeros is None else zeros.float()[..., None]
-        error = ((_codes(near, step[..., 0], zeros) - middle) * step - near).square_().sum(2)
+        squares = ((_codes(near, step[..., 0], zeros) - middle) * step - near).square_()
+        error = (squares if importance is None else squares.mul_(importance)).sum(2)
         if best is None:
             best = [scales, zeros, error]
             continue

@@ -101,6 +101,18 @@ def test_the_error_of_normal_weights(group_size, most):
     assert (finer - weight).norm() / weight.norm() < error
 
 
+@pytest.mark.parametrize("symmetric", (True, False))
+def test_columns_that_count_more_have_less_error(symmetric):
+    weight, importance = random_weight(64, 256, seed=4), torch.ones(256)
+    importance[::40] = 1000.0
+    plain, weighted = (int4.quantize(weight, symmetric=symmetric, importance=i) for i in (None, importance))
+    errors = [((w.dequantize() - weight).square() * importance).sum() for w in (plain, weighted)]
+    assert errors[1] < 0.6 * errors[0]
+    alike = int4.quantize(weight, symmetric=symmetric, importance=torch.full((256,), 7.0))
+    assert torch.equal(alike.data, plain.data) and torch.equal(alike.scales, plain.scales)
+    assert int4.quantize(weight, importance=torch.zeros(256)).dequantize().isfinite().all()
+
+
 @SETTINGS
 @hypothesis.given(strategies.data())
 def test_pack_and_unpack_are_inverse(data):
@@ -186,6 +198,10 @@ def test_bad_input_has_one_clear_message():
          lambda: int4.quantize(nan, group_size=48)),
         (ValueError, "int4: scale_dtype is torch.float64, expected one of torch.float32, torch.bfloat16",
          lambda: int4.quantize(nan, scale_dtype=torch.float64)),
+        (ValueError, r"int4: importance has shape \(3,\), expected \(200,\), finite and not below zero",
+         lambda: int4.quantize(random_weight(), importance=torch.ones(3))),
+        (ValueError, r"int4: importance has shape \(200,\), expected",
+         lambda: int4.quantize(random_weight(), importance=-torch.ones(200))),
         (TypeError, "int4: double=True is given, but the format has no such", lambda: int4.quantize(nan, double=True)),
         (ValueError, "int4: activations is 'fp8', expected None or 'int8'",
          lambda: int4.quantize(random_weight(), activations="fp8")),

@@ -17,6 +17,8 @@ BUFFERS = {
 }
 FIXED = (*BUFFERS.values(), "input_scale")  # by conversions of a module
 WHOLE_ROW = -1
+# The attribute with the module that a module was before `quantize(model, keep_original=True)`.
+ORIGINAL = "_original"
 
 
 def format_options(who: str, scheme: str, group_size: int | None, options: dict) -> dict:
@@ -72,6 +74,8 @@ class QuantizedModule(nn.Module):
                 return made
             return torch.empty_like(tensor, device=made.device) if tensor.is_meta else tensor.to(made.device)
 
+        if (original := vars(self).get(ORIGINAL)) is not None:
+            original._apply(fn, recurse)
         return super()._apply(kept, recurse)
 
     def __getstate__(self):
