@@ -80,12 +80,28 @@ class QuantizedEmbedding(QuantizedModule):
         if embedding.max_norm is not None:
             raise ValueError(f"QuantizedEmbedding: embedding has max_norm={embedding.max_norm}, expected None")
         _not_meta("QuantizedEmbedding", embedding.weight)
-        rows, columns = embedding.weight.shape
-        made = cls(rows, columns, embedding.padding_idx, scheme, group_size=group_size, device="meta",
-                   dtype=embedding.weight.dtype, **options)  # fmt: skip
         options = format_options("QuantizedEmbedding", scheme, group_size, options)
-        made._hold(quantize_tensor(embedding.weight.detach(), scheme, name, **options))
-        return made.train(embedding.training)
+        weight = quantize_tensor(embedding.weight.detach(), scheme, name, **options)
+        return cls.from_tensor(weight, embedding.padding_idx, embedding.weight.dtype).train(embedding.training)
+
+    @classmethod
+    def from_tensor(
+        cls, weight: QuantizedTensor, padding_idx: int | None = None, dtype: torch.dtype | None = None
+    ) -> "QuantizedEmbedding":
+        """The embedding of a QuantizedTensor, whose tensors it takes as they are; rows come out in `dtype`.
+
+        Raises: ValueError, it has activations, or columns in another order.
+        """
+        if weight.order is not None:
+            raise ValueError("QuantizedEmbedding: weight has an order of its columns, expected none")
+        if weight.activations:
+            names = ", ".join(FORMATS)
+            raise ValueError(
+                f"QuantizedEmbedding: scheme is {weight.scheme!r}, expected one of {names}: it has no activations"
+            )
+        made = cls(*weight.shape, padding_idx, device="meta", dtype=dtype)
+        made._hold(weight)
+        return made
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dtype not in INDEX_DTYPES:

@@ -55,6 +55,10 @@ class QuantizedModule(nn.Module):
         """The weight written out, `[N, K]`."""
         return self.quantized_weight.dequantize(dtype)
 
+    def check_values(self, name: str = "weight") -> None:
+        """Raises ValueError for values that quantizing never writes; for what comes from a file. `name` begins it."""
+        _check_values(self.quantized_weight, name)
+
     def requires_grad_(self, requires_grad: bool = True):
         """Raises RuntimeError if True: the weight takes no gradient. False freezes the bias."""
         if requires_grad:
@@ -108,9 +112,7 @@ class QuantizedModule(nn.Module):
                 found = self._weight(given)
             except ValueError as error:
                 raise ValueError(f"{who}: {error}") from error
-            found.module.check_values(found, prefix + "weight")
-            if (order := found.order) is not None and not torch.equal(order.sort().values.cpu(), _columns(order)):
-                raise ValueError(f"{type(self).__name__}: {prefix}weight_order is no permutation of its columns")
+            _check_values(found, prefix + "weight")
         for name, own in (*self._parameters.items(), *self._buffers.items()):
             tensor = state_dict.get(prefix + name)
             if name not in given and own is not None and tensor is not None and tensor.shape != own.shape:
@@ -124,8 +126,11 @@ class QuantizedModule(nn.Module):
         return f"{self.scheme}{groups}, {weight.bits_per_weight:.2f} bits per weight"
 
 
-def _columns(order: Tensor) -> Tensor:
-    return torch.arange(len(order))
+def _check_values(weight: QuantizedTensor, name: str) -> None:
+    weight.module.check_values(weight, name)
+    order = weight.order
+    if order is not None and not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
+        raise ValueError(f"{weight.format}: {name}_order is no permutation of its columns")
 
 
 class QuantizedLinear(QuantizedModule):
