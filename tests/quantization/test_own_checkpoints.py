@@ -171,7 +171,8 @@ def test_wrong_files_leave_the_model_as_it_is(tmp_path):
         ("up: scheme is 'int3', expected", described(lambda d: layer(d).update(scheme="int3"))),
         ("up: int4: group_size is 48, expected", described(lambda d: layer(d).update(group_size=48))),
         ("up: int4: data's scales: ", described(lambda d: layer(d).update(group_size=32))),
-        ("up: int8: zeros is given, expected None", described(lambda d: layer(d).update(scheme="int8", group_size=None))),
+        ("up: int8: zeros is given, expected None",
+         described(lambda d: layer(d).update(scheme="int8", group_size=None))),
         ("the model has no up.weight_zeros", described(lambda d: layer(d)["tensors"].remove("weight_zeros"))),
         ("up: it has no bias, the model's has one", described(lambda d: layer(d)["tensors"].remove("bias"))),
         ("up: it has bias, weight_scales, weight_zeros, expected", described(
