@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch.nn.utils import prune
 import llmkernels
 from llmkernels.demo.model import LanguageModel
 from llmkernels.nn import QuantizedEmbedding, QuantizedLinear, QuantizedLSTM
-from llmkernels.quantization import SCHEMES
+from llmkernels.quantization import FORMATS, SCHEMES
 from llmkernels.quantization.tensor import quantize_tensor
+from tests.tree import ROOT
 
 TOKENS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -276,6 +278,22 @@ def test_calibration_without_a_gain_and_layers_it_does_not_reach():
     idle.forward = lambda x: x
     with pytest.raises(ValueError, match="calibration calls none of the 1 layers"):
         llmkernels.quantize(idle, "int8", calibration=[torch.randn(3, 256)])
+
+
+def test_python_code_in_quantize_md_runs():
+    pytest.importorskip("safetensors")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/quantize.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(compile(block, "docs/quantize.md", "exec"), {})
+
+
+def test_docs_name_every_scheme_and_format():
+    page, formats = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("quantize", "quantization-formats"))
+    assert all(f'| `"{scheme}"` |' in page for scheme in SCHEMES)
+    assert all(f"(../llmkernels/quantization/{name}.py)" in formats for name in FORMATS)
+    for link in re.findall(r"\]\((\.\./[^)]+)\)", page + formats):
+        assert (ROOT / "docs" / link).exists(), link
 
 
 def test_the_progress_bar(capsys):

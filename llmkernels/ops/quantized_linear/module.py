@@ -171,7 +171,8 @@ class QuantizedLinear(QuantizedModule):
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("weight_order", torch.arange(in_features, device=device) if ordered else None)
         self.register_buffer("input_scale", torch.ones(in_features, device=device) if scaled_input else None)
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        made = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", made)
 
     @classmethod
     def from_linear(
@@ -211,14 +212,15 @@ class QuantizedLinear(QuantizedModule):
         return made
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, scales = self.weight, self.weight_scales
+        held = self._buffers  # one look-up each: attributes of modules cost several
+        weight, scales, input_scale = held["weight"], held["weight_scales"], held["input_scale"]
         if weight.requires_grad or scales.requires_grad:
             raise RuntimeError(f"QuantizedLinear: a gradient of the weight is asked for, but {self.scheme} has none")
-        parts = (weight, scales, self.weight_zeros, self.weight_second_scales)
-        if self.input_scale is not None:
-            _check(input, parts, *self._shape, self.bias)
-            input = input * self.input_scale.to(input.dtype)
-        return run(input, parts, self._shape, self._kind, self.bias, self.weight_order)
+        parts, bias = (weight, scales, held["weight_zeros"], held["weight_second_scales"]), self._parameters["bias"]
+        if input_scale is not None:
+            _check(input, parts, *self._shape, bias)
+            input = input * input_scale.to(input.dtype)
+        return run(input, parts, self._shape, self._kind, bias, held["weight_order"])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight written out, `[N, K]`, times `input_scale` where there is one: that of a torch.nn.Linear."""
