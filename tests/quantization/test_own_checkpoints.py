@@ -1,8 +1,10 @@
 """checkpoints.save and load: everything comes back bitwise, mapped from the file; wrong files change nothing."""
 
+import copy
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -193,6 +195,30 @@ def test_wrong_files_leave_the_model_as_it_is(tmp_path):
     checkpoints.save(source, path)
     checkpoints.load(model, path)
     assert type(model.up) is QuantizedLinear
+
+
+def test_spoiled_bytes_are_an_error_or_harmless(tmp_path):
+    """Bytes of the header, where shapes, names and our metadata are: never another exception, never half a model."""
+    source, path = make("int4"), tmp_path / "model.safetensors"
+    checkpoints.save(source, path)
+    good = path.read_bytes()
+    size = int.from_bytes(good[:8], "little")
+    random, refused = numpy.random.default_rng(0), 0
+    model = Model()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for _ in range(150):
+        spoiled = bytearray(good)
+        for place in random.integers(0, 8 + size, random.integers(1, 4)):
+            spoiled[place] = random.integers(32, 127)
+        path.write_bytes(bytes(spoiled))
+        try:
+            checkpoints.load(copy.deepcopy(model), path)
+        except ValueError:
+            refused += 1
+            with pytest.raises(ValueError):
+                checkpoints.load(model, path)
+            assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert refused > 75
 
 
 def test_what_cannot_be_saved_or_placed_has_one_clear_message(tmp_path):

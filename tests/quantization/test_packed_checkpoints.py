@@ -1,12 +1,15 @@
 """AWQ and GPTQ: layers and folders that an independent packer wrote (packers.py) are read as they mean."""
 
+import copy
 import json
 import sys
 
+import hypothesis
 import numpy
 import pytest
 import torch
 import torch.nn.functional as torch_functional
+from hypothesis import strategies
 from torch import nn
 
 from llmkernels.nn import QuantizedLinear
@@ -84,6 +87,21 @@ def test_wrong_readings_are_seen():
     awq = packers.awq(layer)
     awq["qweight"] = packers._pack_columns(layer.codes, range(8))
     assert not torch.equal(checkpoints.from_awq(tensors_of(awq), group_size=32).dequantize(torch.float64), truth)
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(
+    words=strategies.integers(1, 12), columns=strategies.integers(1, 30), group_size=strategies.sampled_from(GROUPS),
+    version=strategies.sampled_from((1, 2)), desc_act=strategies.booleans(), seed=strategies.integers(0, 999),
+)  # fmt: skip
+def test_gptq_layers_of_any_size(words, columns, group_size, version, desc_act, seed):
+    """Outputs that are no multiple of 8, where the last word of zero points has room left; ragged groups."""
+    layer = packers.random_layer(seed, 8 * words, columns, group_size, desc_act=desc_act)
+    padded = copy.copy(layer)
+    padded.zeros = numpy.pad(layer.zeros, ((0, 0), (0, -columns % 8)), constant_values=version == 1)
+    check(
+        checkpoints.from_gptq(tensors_of(packers.gptq(padded, version)), group_size=group_size, version=version), layer
+    )
 
 
 def test_groups_whose_scale_is_zero():

@@ -78,7 +78,7 @@ def load(model: nn.Module, path: str | Path) -> None:
     names, layers = set(reader.names), {}
     for layer_path, about in document["layers"].items():
         kind, given = about.get("kind"), about.get("tensors")
-        if kind not in placing.KINDS or not isinstance(given, list):
+        if str(kind) not in placing.KINDS or not isinstance(given, list):
             raise ValueError(f"{who}: {layer_path} is of the kind {kind!r}, expected one of {', '.join(placing.KINDS)}")
         module = placing.target(model, layer_path, kind, who)
         full = {name: f"{layer_path}.{name}".lstrip(".") for name in given}
@@ -107,7 +107,7 @@ def _document(reader: Reader, who: str) -> dict[str, Any]:
         raise ValueError(f"{who}: is of version {version!r}, expected up to {VERSION}: a newer llmkernels wrote it")
     if not isinstance(layers, dict) or not all(isinstance(about, dict) for about in layers.values()):
         raise ValueError(f"{who}: metadata 'layers' is no description of layers")
-    if not isinstance(tied, dict) or not set(tied.values()) <= set(reader.names):
+    if not isinstance(tied, dict) or not set(map(str, tied.values())) <= set(reader.names):
         raise ValueError(f"{who}: metadata 'tied' names tensors that are not there")
     return document
 

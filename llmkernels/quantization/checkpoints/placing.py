@@ -75,7 +75,7 @@ def place(model: nn.Module, layers: dict[str, nn.Module], tensors: dict[str, Ten
             got, expected = tuple(tensors[name].shape), tuple(slots[name][2].shape)
             if got != expected:
                 raise ValueError(f"{who}: {name} has shape {got} in the file, expected {expected}")
-            if not torch.equal(tensors[name], tensors[given[0]]):
+            if name != given[0] and not torch.equal(tensors[name], tensors[given[0]]):
                 raise ValueError(f"{who}: {given[0]} and {name} are one in the model, but differ in the file")
 
     done = set()
