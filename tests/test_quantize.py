@@ -143,6 +143,12 @@ def test_shared_modules_views_and_a_model_that_is_one_layer():
     report = llmkernels.quantize(model, "int8")
     assert [layer.path for layer in report.quantized] == ["0"] and model[0] is model[2] is shared
     torch.testing.assert_close(model(torch.ones(1, 16)), expected, rtol=0.05, atol=0.02)
+    second = nn.Linear(16, 16)
+    named = nn.ModuleDict({"a": second, "lm_head": second})
+    assert llmkernels.quantize(named, "int8").skipped[0].detail == "skip names 'lm_head'"
+    read = nn.ModuleDict({"a": nn.MultiheadAttention(16, 2)})
+    read = nn.ModuleDict({"first": read["a"].out_proj, "a": read["a"]})
+    assert llmkernels.quantize(read, "int8").skipped[0].detail == "MultiheadAttention reads its weight itself"
     both = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
     both[1].weight = nn.Parameter(both[0].weight.detach()[:8])  # a view: what one does the other sees
     assert not llmkernels.quantize(both, "int8").quantized
@@ -230,6 +236,11 @@ def test_lstms():
         torch.testing.assert_close(model[name](x)[0], expected[name], rtol=0, atol=2e-3)
     assert set(model.state_dict()) == set(state)
     assert llmkernels.quantize(model, "w8a8").skipped[0].detail == "lstms=False"
+    with torch.no_grad():
+        model["c"].weight_hh_l0[5, 1] = float("nan")
+    with pytest.raises(ValueError, match="quantize: c: int8: row 5 of weight_hh_l0 has a NaN"):
+        llmkernels.quantize(model, "w8a8", lstms=True)
+    assert type(model["a"]) is nn.LSTM
 
 
 def test_python_code_in_quantize_md_runs():

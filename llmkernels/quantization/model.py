@@ -93,26 +93,30 @@ def quantize(
 def choose(model: nn.Module, *, skip: tuple[str, ...] = DEFAULT_SKIP, filter: Callable | None = None,
            embeddings: bool = False, lstms: bool = False) -> tuple[dict[str, nn.Module], list[Layer]]:  # fmt: skip
     """(path -> module of what is to be quantized, what is not and why). Raises: ValueError, see `quantize`."""
-    owners, parents = _owners(model), dict(model.named_modules())
-    unknown = [name for name in skip if name not in DEFAULT_SKIP and not any(_named(p, (name,)) for p in parents)]
+    owners = _owners(model)
+    paths: dict[int, list[str]] = {}  # of a module object, which may have several
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    everywhere = [path for several in paths.values() for path in several]
+    unknown = [name for name in skip if name not in DEFAULT_SKIP and not any(_named([p], (name,)) for p in everywhere)]
     if unknown:
         raise ValueError(f"quantize: skip names {unknown[0]!r}, but the model has no such module")
     wanted = (nn.Linear, *([nn.Embedding] if embeddings else []), *([nn.LSTM] if lstms else []))
     chosen, skipped = {}, []
-    for path, module in parents.items():
+    for path, module in model.named_modules():
         if isinstance(module, QuantizedModule | QuantizedLSTM):
             skipped.append(Layer(path, type(module).__name__, False, "quantized before"))
             continue
         kind = _kind(module)
         if kind is None:
             continue
-        parent = parents.get(path.rpartition(".")[0])
-        if _named(path, skip):
-            reason = f"skip names {_named(path, skip)!r}"
+        if named := _named(paths[id(module)], skip):
+            reason = f"skip names {named!r}"
         elif kind not in wanted:
             reason = {nn.Embedding: "embeddings=False", nn.LSTM: "lstms=False"}[kind]
         else:
-            reason = _refusal(module, kind, parent if parent is not module else None, owners)
+            parents = [model.get_submodule(each.rpartition(".")[0]) for each in paths[id(module)] if each]
+            reason = _refusal(module, kind, parents, owners)
         if reason is None and filter is not None and not filter(path, module):
             reason = "filter returned False"
         if reason is None:
@@ -129,24 +133,31 @@ def _kind(module: nn.Module) -> type | None:
     return next((kind for kind in (nn.Linear, nn.Embedding) if isinstance(module, kind)), None)
 
 
-def _named(path: str, names: tuple[str, ...]) -> str | None:
-    """The one of `names` that ends the path of a module or of one around it."""
-    parts = path.split(".")
-    ends = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return next((name for name in names for end in ends if end == name or end.endswith("." + name)), None)
+def _named(paths: list[str], names: tuple[str, ...]) -> str | None:
+    """The one of `names` that ends a path of a module or of one around it."""
+    for path in paths:
+        parts = path.split(".")
+        for end in range(1, len(parts) + 1):
+            around = ".".join(parts[:end])
+            for name in names:
+                if around == name or around.endswith("." + name):
+                    return name
+    return None
 
 
-def _refusal(module: nn.Module, kind: type, parent: nn.Module | None, owners: dict) -> str | None:
+def _refusal(module: nn.Module, kind: type, parents: list[nn.Module], owners: dict) -> str | None:
+    """Why a Linear, Embedding or LSTM cannot be quantized, or None."""
     if parametrize.is_parametrized(module):
         return "its weight is parametrized"
     ours = kind is nn.LSTM and type(module).__module__.startswith("llmkernels.")
     if (type(module).forward is not kind.forward and not ours) or "forward" in vars(module):
         return f"{type(module).__name__} overrides forward"
-    if isinstance(parent, READERS):
-        return f"{type(parent).__name__} reads its weight itself"
+    for parent in parents:
+        if isinstance(parent, READERS):
+            return f"{type(parent).__name__} reads its weight itself"
     if getattr(module, "max_norm", None) is not None:
         return "it has max_norm, which changes the weight"
-    for options in ("zoneout", "layer_norm", "return_cells", "weight_dropout"):
+    for options in ("zoneout", "layer_norm", "return_cells"):
         if kind is nn.LSTM and getattr(module, options, 0.0) not in (0.0, (0.0, 0.0), False):
             return f"QuantizedLSTM has no {options}"
     if kind is not nn.LSTM and module._parameters.get("weight") is None:
@@ -187,7 +198,10 @@ def _quantized(path: str, module: nn.Module, scheme: str, group_size: int | None
                sample: Tensor | None) -> tuple[nn.Module, Layer]:  # fmt: skip
     name, before, output_error = f"{path}.weight".lstrip("."), _bytes_of(module), None
     if isinstance(module, nn.RNNBase):
-        made = QuantizedLSTM.from_lstm(module)
+        try:
+            made = QuantizedLSTM.from_lstm(module)
+        except ValueError as error:
+            raise ValueError(f"quantize: {path or 'the model'}: {error}") from error
         pairs = [(_lstm_weight(made, name), getattr(module, name)) for name in made._buffers
                  if name + SCALE in made._buffers]  # fmt: skip
         detail = "QuantizedLSTM, int8 weights and activations"
