@@ -1,6 +1,7 @@
 """Folders of AWQ and GPTQ as Hugging Face has them: config.json, and one safetensors file or several with an index."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,20 @@ from llmkernels.quantization.checkpoints.packed import BITS, WHOLE_ROW, from_awq
 
 INDEX = "model.safetensors.index.json"
 PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
+# Tables of angles that older files have and models make themselves.
+IGNORED = ("rotary_emb.inv_freq",)
 GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
 
 
-def load_pretrained(model: nn.Module, folder: str | Path) -> list[str]:
+def load_pretrained(model: nn.Module, folder: str | Path, *, ignore: Iterable[str] = IGNORED) -> list[str]:
     """Read a folder of AWQ (gemm) or GPTQ, four bits, into a model of that architecture.
 
     The model may be on the meta device. Each torch.nn.Linear that is packed in the files becomes an nn.QuantizedLinear;
     all other parameters and buffers are the files'. How they are packed is what config.json's `quantization_config`
     (or quantize_config.json) says.
 
+    Args:
+        ignore: ends of names of tensors that the files may have and the model need not.
     Returns: the paths of the quantized layers.
     Raises: FileNotFoundError; ValueError, and the model is as it was: another method, number of bits or layout, a file
         that is cut off, another architecture, or values that cannot be; ModuleNotFoundError, safetensors is not
@@ -42,7 +47,9 @@ def load_pretrained(model: nn.Module, folder: str | Path) -> list[str]:
         parts = {name: reader.read(each) for name, each in full.items() if each in names}
         names -= set(full.values())
         layers[path] = _fitted(who, path, placing.target(model, path, "linear", who), read, parts)
-    placing.place(model, layers, {name: reader.read(name) for name in names}, who)
+    known = set(model.state_dict())
+    ignored = {name for name in names - known for end in ignore if f".{name}".endswith(f".{end}")}
+    placing.place(model, layers, {name: reader.read(name) for name in names - ignored}, who)
     return packed
 
 
