@@ -36,6 +36,7 @@ CODES = 15
 SYMMETRIC_STEPS = (7.0, 7.5, 8.0, 8.5, 9.0, 10.0, 11.5, 13.0)
 ASYMMETRIC_STEPS = (15.0, 15.5, 16.0, 16.5, 17.0, 18.0, 20.0, 22.5)
 MAX_ZERO = 16
+BLOCK = 2**18  # weights that scales are searched for at a time: their copies in fp64 and fp32 stay in a cache
 # With int8 activations a group's sum is of products below 2^11 (16 * 127), in 32 bits.
 MAX_COLUMNS = 2**20
 
@@ -65,17 +66,20 @@ def quantize(
     _checks.no_option("int4", options)
     _checks.group("int4", group_size, GROUP_SIZES)
     _checks.scale_dtype("int4", scale_dtype)
-    wide = _checks.finite_matrix("int4", weight, name)
-    groups = _groups.split(wide, group_size)
+    shape = (rows, columns) = _checks.matrix_shape("int4", weight, name)
     if importance is not None:
-        if tuple(importance.shape) != (wide.shape[1],) or not bool((importance.isfinite() & (importance >= 0.0)).all()):
+        if tuple(importance.shape) != (columns,) or not bool((importance.isfinite() & (importance >= 0.0)).all()):
             got = f"shape {tuple(importance.shape)}"
-            raise ValueError(f"int4: importance has {got}, expected ({wide.shape[1]},), finite and not below zero")
+            raise ValueError(f"int4: importance has {got}, expected ({columns},), finite and not below zero")
         importance = _groups.split((importance / importance.max().clamp(min=1e-30)).float()[None], group_size)
-    scales, zeros = _best(groups, symmetric, scale_dtype, name, importance)
-    codes = _codes(groups, scales.double(), None if zeros is None else zeros.double())
-    data = pack(_groups.join(codes, weight.shape[1]))
-    shape = tuple(weight.shape)
+    count = max(1, BLOCK // max(columns, 1))
+    parts = []
+    for first in range(0, max(rows, 1), count):
+        groups = _groups.split(_checks.finite_matrix("int4", weight[first : first + count], name, first), group_size)
+        scales, zeros = _best(groups, symmetric, scale_dtype, importance, (name, first))
+        codes = _codes(groups, scales.double(), None if zeros is None else zeros.double())
+        parts.append((pack(_groups.join(codes, columns)), scales, zeros))
+    data, scales, zeros = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
     return QuantizedTensor("int4", shape, data, scales, weight.dtype, zeros, None, group_size, activations)
 
 
@@ -102,16 +106,19 @@ def empty(
     return QuantizedTensor("int4", shape, data, scales, torch.float32, zeros, None, group_size, activations)
 
 
-def _best(groups: Tensor, symmetric: bool, dtype: torch.dtype, name: str,
-          importance: Tensor | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(scales `[N, G]` in `dtype`, zeros `[N, G]` uint8 or None) of the least error for `[N, G, group_size]`."""
+def _best(groups: Tensor, symmetric: bool, dtype: torch.dtype, importance: Tensor | None,
+          where: tuple[str, int]) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(scales `[N, G]` in `dtype`, zeros `[N, G]` uint8 or None) of the least error for `[N, G, group_size]`.
+
+    `where` is (what errors call the weight, its row that is the first here).
+    """
     low, high = groups.amin(2).clamp(max=0.0), groups.amax(2).clamp(min=0.0)
     size = torch.maximum(-low, high) if symmetric else high - low
     unit = torch.where(size > 0.0, size, 1.0)
     near = (groups / unit[..., None]).float()  # within -1 ... 1: fp32 is enough to compare errors
     best = None
     for steps in SYMMETRIC_STEPS if symmetric else ASYMMETRIC_STEPS:
-        scales = _checks.finite_scales("int4", size, steps, dtype, name)
+        scales = _checks.finite_scales("int4", size, steps, dtype, *where)
         wide = scales.double()
         # What is clipped is clipped at both ends alike.
         zeros = None if symmetric else (-low / wide - (steps - CODES) / 2.0).round().clamp(0, CODES)

@@ -168,6 +168,22 @@ def test_groups_of_zeros_tiny_and_huge_values(symmetric):
     assert int4.quantize(torch.zeros(0, 5), symmetric=symmetric).dequantize().shape == (0, 5)
 
 
+@pytest.mark.parametrize("symmetric", (True, False))
+def test_blocks_of_rows_do_not_show(symmetric, monkeypatch):
+    weight, importance = random_weight(23, 70, seed=5), torch.rand(70)
+    whole = int4.quantize(weight, group_size=32, symmetric=symmetric, importance=importance)
+    monkeypatch.setattr(int4, "BLOCK", 3 * 70)
+    found = int4.quantize(weight, group_size=32, symmetric=symmetric, importance=importance)
+    assert found.parts.keys() == whole.parts.keys()
+    assert all(torch.equal(part, whole.parts[name]) for name, part in found.parts.items())
+    weight[19, 3] = float("inf")
+    with pytest.raises(ValueError, match="row 19 of weight has a NaN or an infinity"):
+        int4.quantize(weight, symmetric=symmetric)
+    weight[19, 3] = 1e6
+    with pytest.raises(ValueError, match="row 19 of weight reaches 1.0e[+]06"):
+        int4.quantize(weight, symmetric=symmetric, scale_dtype=torch.float16)
+
+
 def test_dequantize_is_the_definition():
     generator = torch.Generator().manual_seed(3)
     codes = torch.randint(0, 16, (3, 70), generator=generator)
