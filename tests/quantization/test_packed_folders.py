@@ -194,6 +194,34 @@ def test_wrong_files_leave_the_model_as_it_is(tmp_path):
     assert len(checkpoints.load_pretrained(model, tmp_path / "good")) == 2
 
 
+@pytest.mark.parametrize("method", ("awq", "gptq"))
+def test_a_model_of_transformers(method, tmp_path):
+    """A tiny Llama with a tied head: names, shapes and modules are those of real folders."""
+    pytest.importorskip("safetensors")
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(
+        vocab_size=64, num_hidden_layers=2, max_position_embeddings=32, tie_word_embeddings=True, **sizes
+    )
+    truth, model = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    arrays, state = {}, {}
+    for number, (name, tensor) in enumerate(truth.state_dict().items()):
+        if name.endswith("_proj.weight"):
+            path = name.removesuffix(".weight")
+            layer = packers.random_layer(number, *tensor.shape[::-1], 32, desc_act=method == "gptq")
+            arrays |= {f"{path}.{each}": array for each, array in getattr(packers, method)(layer).items()}
+            state[name] = torch.from_numpy(layer.weight()).float()
+        elif name != "lm_head.weight":
+            arrays[name] = tensor.numpy().copy()
+    packers.write_folder(tmp_path, arrays, {"quant_method": method, "bits": 4, "group_size": 32}, shards=2)
+    truth.load_state_dict(state, strict=False)
+    assert len(checkpoints.load_pretrained(model, tmp_path)) == 14
+    tokens = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, truth(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_without_safetensors(monkeypatch, tmp_path):
     tiny_files(tmp_path, "awq")
     monkeypatch.setitem(sys.modules, "safetensors", None)
