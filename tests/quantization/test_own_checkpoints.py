@@ -193,6 +193,10 @@ def test_wrong_files_leave_the_model_as_it_is(tmp_path):
         assert [(id(m), type(m)) for m in model.modules()] == objects, message
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items()), message
     checkpoints.save(source, path)
+    source.up.input_scale = torch.full((128,), float("nan"))
+    checkpoints.save(source, tmp_path / "scaled.safetensors")
+    with pytest.raises(ValueError, match="up: QuantizedLinear: the input_scale of up has a NaN"):
+        checkpoints.load(model, tmp_path / "scaled.safetensors")
     checkpoints.load(model, path)
     assert type(model.up) is QuantizedLinear
 

@@ -254,6 +254,11 @@ def test_wrong_state_dicts_are_refused_and_nothing_is_changed(strict):
     state["0.weight_order"][0] = 1
     with pytest.raises(ValueError, match="0.weight_order is no permutation"):
         outer.load_state_dict(state)
+    outer = torch.nn.Sequential(nn.QuantizedLinear(64, 4, scaled_input=True))
+    state = {**outer.state_dict(), "0.input_scale": torch.full((64,), float("inf"))}
+    with pytest.raises(ValueError, match="the input_scale of 0.weight has a NaN or an infinity"):
+        outer.load_state_dict(state)
+    assert torch.equal(outer[0].input_scale, torch.ones(64))
     for scheme in SCHEMES:
         outer = torch.nn.Sequential(nn.QuantizedLinear(64, 4, scheme=scheme))
         state = outer.state_dict()

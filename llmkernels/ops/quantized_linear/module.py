@@ -58,6 +58,7 @@ class QuantizedModule(nn.Module):
     def check_values(self, name: str = "weight") -> None:
         """Raises ValueError for values that quantizing never writes; for what comes from a file. `name` begins it."""
         _check_values(self.quantized_weight, name)
+        _check_input_scale(type(self).__name__, self._buffers.get("input_scale"), name)
 
     def requires_grad_(self, requires_grad: bool = True):
         """Raises RuntimeError if True: the weight takes no gradient. False freezes the bias."""
@@ -105,7 +106,7 @@ class QuantizedModule(nn.Module):
                 " and quantize that"
             )
         if given:
-            for name in set(there) ^ set(given):
+            for name in sorted(set(there) ^ set(given)):
                 word = "absent" if name in there else "given, expected none"
                 raise ValueError(f"{type(self).__name__}: {prefix}{name} is {word}: {self.scheme} here has {there}")
             try:
@@ -118,6 +119,8 @@ class QuantizedModule(nn.Module):
             if name not in given and own is not None and tensor is not None and tensor.shape != own.shape:
                 got, expected = tuple(tensor.shape), tuple(own.shape)
                 raise ValueError(f"{type(self).__name__}: {prefix}{name} has shape {got}, expected {expected}")
+        if self._buffers.get("input_scale") is not None:
+            _check_input_scale(type(self).__name__, state_dict.get(prefix + "input_scale"), prefix + "weight")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *rest)
 
     def _described(self) -> str:
@@ -131,6 +134,11 @@ def _check_values(weight: QuantizedTensor, name: str) -> None:
     order = weight.order
     if order is not None and not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
         raise ValueError(f"{weight.format}: {name}_order is no permutation of its columns")
+
+
+def _check_input_scale(who: str, scale: Tensor | None, name: str) -> None:
+    if scale is not None and not bool(scale.isfinite().all()):
+        raise ValueError(f"{who}: the input_scale of {name} has a NaN or an infinity, expected finite values")
 
 
 class QuantizedLinear(QuantizedModule):
