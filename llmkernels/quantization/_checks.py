@@ -8,26 +8,37 @@ from llmkernels._dtypes import FLOAT_DTYPES, dtype_error
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def finite_matrix(format: str, weight: Tensor, name: str) -> Tensor:
-    """A weight `[N, K]` in fp64. Raises: TypeError or ValueError, it is not a floating matrix of finite values."""
+def matrix_shape(format: str, weight: Tensor, name: str) -> tuple[int, int]:
+    """The shape of a weight `[N, K]`. Raises: TypeError or ValueError, it is no floating matrix."""
     if weight.dtype not in FLOAT_DTYPES:
         raise dtype_error(format, name, weight.dtype)
     if weight.dim() != 2:
         raise ValueError(f"{format}: {name} has shape {tuple(weight.shape)}, expected [N, K]")
+    return tuple(weight.shape)
+
+
+def finite_matrix(format: str, weight: Tensor, name: str, first: int = 0) -> Tensor:
+    """A weight `[N, K]`, whose rows are those from `first` on, in fp64.
+
+    Raises: TypeError or ValueError, it is not a floating matrix of finite values.
+    """
+    matrix_shape(format, weight, name)
     wide = weight.detach().double()
     bad = ~wide.isfinite().all(1)
     if bad.any():
-        raise ValueError(
-            f"{format}: row {int(bad.nonzero()[0])} of {name} has a NaN or an infinity, expected finite values"
-        )
+        row = first + int(bad.nonzero()[0])
+        raise ValueError(f"{format}: row {row} of {name} has a NaN or an infinity, expected finite values")
     return wide
 
 
-def finite_scales(format: str, largest: Tensor, steps: float, dtype: torch.dtype, name: str) -> Tensor:
-    """largest / steps in `dtype`, 1 where that is zero. Raises: ValueError, `dtype` does not reach one."""
+def finite_scales(format: str, largest: Tensor, steps: float, dtype: torch.dtype, name: str, first: int = 0) -> Tensor:
+    """largest / steps in `dtype`, 1 where that is zero, of rows from `first` on.
+
+    Raises: ValueError, `dtype` does not reach one.
+    """
     scales = (largest / steps).to(dtype)
     if (huge := ~scales.isfinite()).any():
-        row = int(huge.nonzero()[0, 0])
+        row = first + int(huge.nonzero()[0, 0])
         reached, kind = float(largest[huge].max()), str(dtype).removeprefix("torch.")
         raise ValueError(f"{format}: row {row} of {name} reaches {reached:.1e}, expected less: scales are {kind}")
     return torch.where(scales == 0.0, torch.ones_like(scales), scales)
@@ -60,6 +71,12 @@ def group(format: str, group_size: int | None, known: tuple[int | None, ...]) ->
     if group_size not in known:
         names = ", ".join("None (the whole row)" if size is None else str(size) for size in known)
         raise ValueError(f"{format}: group_size is {group_size!r}, expected one of {names}")
+
+
+def scale_dtype(format: str, dtype: torch.dtype) -> None:
+    """Raises ValueError for a dtype that scales of groups cannot have."""
+    if dtype not in SCALE_DTYPES:
+        raise ValueError(f"{format}: scale_dtype is {dtype}, expected one of {', '.join(map(str, SCALE_DTYPES))}")
 
 
 def finite_positive(format: str, scales: Tensor, name: str) -> None:

@@ -64,6 +64,18 @@ def quantize(
     return QuantizedTensor("fp8", tuple(weight.shape), data, scales, weight.dtype, None, None, group_size, activations)
 
 
+def empty(
+    shape: tuple[int, int], device=None, *, group_size: int | None = None, activations: str | None = None, **options
+) -> QuantizedTensor:
+    """Zeros of a shape `[N, K]` and the options of `quantize`, for what is loaded later. Raises: as `quantize`."""
+    _checks.no_option("fp8", options)
+    _checks.group("fp8", group_size, GROUP_SIZES)
+    data = torch.zeros(shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    sizes = (_groups.count(shape[0], BLOCK), _groups.count(shape[1], BLOCK)) if group_size else shape[:1]
+    scales = torch.ones(sizes, dtype=torch.float32, device=device)
+    return QuantizedTensor("fp8", shape, data, scales, torch.float32, None, None, group_size, activations)
+
+
 def round_to_fp8(values: Tensor) -> Tensor:
     """Values of -448 to 448 to the nearest number of fp8; others to the largest of their sign."""
     # torch rounds fp64 by way of fp32, which has room enough: a tie of fp8 is never made by rounding to fp32 first,

@@ -48,6 +48,14 @@ def quantize(weight: Tensor, name: str = "weight", *, activations: str | None = 
     return QuantizedTensor("int8", tuple(weight.shape), pack(values), scales, weight.dtype, activations=activations)
 
 
+def empty(shape: tuple[int, int], device=None, *, activations: str | None = None, **options) -> QuantizedTensor:
+    """Zeros of a shape `[N, K]`, for what is loaded later. Raises: TypeError for an option."""
+    _checks.no_option("int8", options)
+    data = torch.zeros(shape, dtype=torch.int8, device=device)
+    scales = torch.ones(shape[0], dtype=torch.float32, device=device)
+    return QuantizedTensor("int8", shape, data, scales, activations=activations)
+
+
 def pack(values: Tensor) -> Tensor:
     """Integers -127 ... 127 `[N, K]` of any dtype as the packed form. Raises: ValueError, others are among them."""
     if values.numel() and not bool((values.abs() <= MAX).all()):
@@ -73,11 +81,11 @@ def check_parts(data: Tensor, scales: Tensor, shape: tuple[int, int], name: str 
     _checks.part("int8", f"{name}'s scales", scales, (torch.float32,), (shape[0],))
 
 
-def check_values(data: Tensor, scales: Tensor, name: str = "data") -> None:
+def check_values(tensor: QuantizedTensor, name: str = "data") -> None:
     """Raises ValueError for bytes and scales that `quantize` never writes; for what comes from a file."""
-    if bool((data == -MAX - 1).any()):
+    if bool((tensor.data == -MAX - 1).any()):
         raise ValueError(f"int8: {name} has a -128, expected -{MAX} to {MAX}")
-    _checks.finite_positive("int8", scales, name)
+    _checks.finite_positive("int8", tensor.scales, name)
 
 
 def dequantize(tensor: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:

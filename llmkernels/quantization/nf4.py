@@ -31,6 +31,7 @@ from llmkernels.quantization.tensor import QuantizedTensor
 GROUP_SIZES = (32, 64, 128, None)
 SECOND = 256  # scales that share a step
 MAX = 127
+ZERO = 7  # the code of the level zero
 # Table of appendix E.
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -58,13 +59,7 @@ def quantize(
     Raises: ValueError or TypeError: `weight` is not a floating matrix of finite values that `scale_dtype` can scale, or
         an option is none of these. `name` is what the messages call it.
     """
-    _checks.no_option("nf4", options | ({"activations": activations} if activations else {}))
-    _checks.group("nf4", group_size, GROUP_SIZES)
-    if scale_dtype not in _checks.SCALE_DTYPES:
-        names = ", ".join(map(str, _checks.SCALE_DTYPES))
-        raise ValueError(f"nf4: scale_dtype is {scale_dtype}, expected one of {names}")
-    if double and scale_dtype != torch.bfloat16:
-        raise ValueError(f"nf4: scale_dtype is {scale_dtype} with double=True, expected it left out: scales are int8")
+    _checked(group_size, double, scale_dtype, activations, options)
     groups = _groups.split(_checks.finite_matrix("nf4", weight, name), group_size)
     largest = groups.abs().amax(2)
     if double:
@@ -78,6 +73,36 @@ def quantize(
     codes = _nearest(scaled)
     data = pack(_groups.join(codes, weight.shape[1]))
     return QuantizedTensor("nf4", tuple(weight.shape), data, scales, weight.dtype, None, second, group_size)
+
+
+def empty(
+    shape: tuple[int, int],
+    device=None,
+    *,
+    group_size: int | None = 64,
+    double: bool = False,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    activations: str | None = None,
+    **options,
+) -> QuantizedTensor:
+    """Zeros of a shape `[N, K]` and the options of `quantize`, for what is loaded later. Raises: as `quantize`."""
+    _checked(group_size, double, scale_dtype, activations, options)
+    groups = (shape[0], _groups.count(shape[1], group_size))
+    data = torch.full((shape[0], (shape[1] + 1) // 2), ZERO * 17, dtype=torch.uint8, device=device)
+    if shape[1] % 2:
+        data[:, -1:] = ZERO
+    scales, second = torch.ones(groups, dtype=torch.int8 if double else scale_dtype, device=device), None
+    if double:
+        second = torch.ones(1 + _groups.count(groups[0] * groups[1], SECOND), dtype=torch.float32, device=device)
+    return QuantizedTensor("nf4", shape, data, scales, torch.float32, None, second, group_size)
+
+
+def _checked(group_size, double: bool, scale_dtype: torch.dtype, activations: str | None, options: dict) -> None:
+    _checks.no_option("nf4", options | ({"activations": activations} if activations else {}))
+    _checks.group("nf4", group_size, GROUP_SIZES)
+    _checks.scale_dtype("nf4", scale_dtype)
+    if double and scale_dtype != torch.bfloat16:
+        raise ValueError(f"nf4: scale_dtype is {scale_dtype} with double=True, expected it left out: scales are int8")
 
 
 def _nearest(values: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class QuantizedTensor:
         self.module.check(self)
 
     @property
-    def module(self):
+    def module(self) -> ModuleType:
         """The module of the format, which has `quantize`, `check` and `dequantize`."""
         return importlib.import_module(f"llmkernels.quantization.{self.format}")
 
@@ -90,8 +91,19 @@ def quantize_tensor(weight: Tensor, scheme: str, name: str = "weight", **options
         options: those of the format's `quantize`, for instance `group_size`; `name` is what errors call the weight.
     Raises: ValueError or TypeError, an unknown scheme or option, or a weight that is not a finite floating matrix.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"quantize_tensor: scheme is {scheme!r}, expected one of {', '.join(SCHEMES)}")
-    format, activations = SCHEMES[scheme]
-    module = importlib.import_module(f"llmkernels.quantization.{format}")
+    module, activations = scheme_of("quantize_tensor", scheme)
     return module.quantize(weight, name, activations=activations, **options)
+
+
+def empty_tensor(shape: tuple[int, int], scheme: str, device=None, **options) -> QuantizedTensor:
+    """Zeros in `scheme`, for what is loaded later. Raises: as `quantize_tensor`."""
+    module, activations = scheme_of("empty_tensor", scheme)
+    return module.empty(tuple(shape), device, activations=activations, **options)
+
+
+def scheme_of(who: str, scheme: str) -> tuple[ModuleType, str | None]:
+    """(the module of its format, its activations). Raises: ValueError, unknown; `who` begins the message."""
+    if scheme not in SCHEMES:
+        raise ValueError(f"{who}: scheme is {scheme!r}, expected one of {', '.join(SCHEMES)}")
+    format, activations = SCHEMES[scheme]
+    return importlib.import_module(f"llmkernels.quantization.{format}"), activations
