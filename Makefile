@@ -1,5 +1,5 @@
 # One word per intention. Each of `make demo` and `make test` does all the set-up by itself; a second run takes seconds.
-#   make demo | test [OP=layer_norm] [BACKEND=cpu] | bench | tables | build | fmt | lint | sanitize
+#   make demo | examples | test [OP=layer_norm] [BACKEND=cpu] | bench | tables | build | fmt | lint | sanitize
 #   gpu | registers | new-op NAME=x | clean
 #   VENV=none PYTHON=python3   the interpreter as it is: no virtual environment, no pip, no network
 PYTHON ?= python3
@@ -14,12 +14,19 @@ else
 endif
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: demo test bench tables build fmt lint sanitize gpu registers new-op clean help
+.PHONY: demo examples test bench tables build fmt lint sanitize gpu registers new-op clean help
 help:
 	@sed -n '1,4s/^# //p' Makefile
 
 demo: build
 	$(PY) -m llmkernels.cli demo $(ARGS)
+
+# All of them, then the table of examples/README.md.
+EXAMPLES := lstm_language_model transformer_language_model self_attention_from_scratch bert_classifier \
+  lstm_text_classifier digits_classifier llama_chat_decode seq2seq_translation sentence_search
+examples: build
+	for example in $(EXAMPLES); do $(PY) examples/$$example.py $(ARGS) || exit 1; done
+	$(PY) examples/table.py
 
 # The emulated CUDA runtime of tests/ptxsim is built for tests only.
 test: export LLMKERNELS_BUILD_TESTS := 1

@@ -21,6 +21,8 @@ def _milliseconds(value: float) -> str:
 
 def table(document: dict) -> str:
     """The measurements of `llmkernels bench --json` in Markdown: the fastest of our backends beside its peers."""
+    if document.get("table") == "accuracy":
+        return accuracy(document)
     facts = document["machine"]
     where = (
         facts["gpu"] if facts["device"] == "cuda" else f"{facts['cpu']} ({facts['isa']}), {facts['threads']} thread(s)"
@@ -45,6 +47,28 @@ def table(document: dict) -> str:
         shown = shown if named else [f"{_milliseconds(times[best])} {best}"]
         row = (result["case"], result["mode"], ours, _milliseconds(times[ours]), *shown)
         lines.append(f"| {' | '.join(row)} | **{result['ratios'][ours]:.2f}x** | {_rate(result, times[ours], work)} |")
+    return "\n".join(lines)
+
+
+def accuracy(document: dict) -> str:
+    """The measurements of benchmarks/quantization.py in Markdown."""
+    facts, config = document["machine"], document["config"]
+    lines = [
+        f"{facts['date']}, torch {facts['torch']}; {config['parameters']:,} parameters trained for {config['steps']}"
+        f" steps; {config['held_out_bytes']:,} bytes held out.",
+        "",
+        "| | bits per weight | error of weights: normal | trained | of products: normal | trained | bits per byte | of"
+        " fp32's | calibrated, of fp32's |",
+        "|---" * 9 + "|",
+    ]
+    for result in document["results"]:
+        row = [result["name"], f"{result['bits_per_weight']:.2f}"]
+        for key in ("weight_error", "product_error"):
+            row += [f"{result[key][data]:.2%}" if key in result else "-" for data in ("normal", "trained")]
+        row.append(f"{result['bits_per_byte']:.4f}")
+        for key in ("bits_per_byte_ratio", "bits_per_byte_ratio_calibrated"):
+            row.append(f"{result[key] - 1.0:+.2%}" if key in result else "-")
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 

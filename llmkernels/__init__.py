@@ -2,7 +2,10 @@
 
 from llmkernels import autograd, compat, functional, nn
 from llmkernels._explain import backends, explain
-from llmkernels.accelerate import accelerate, accelerated, restore
+from llmkernels._restore import restore
+from llmkernels.accelerate import accelerate, accelerated
+from llmkernels.generation import generate
+from llmkernels.quantization.model import quantize
 from llmkernels.registry import NoBackendError, use_backend
 from llmkernels.sdpa_hook import disable_sdpa, enable_sdpa
 
@@ -19,7 +22,9 @@ __all__ = [
     "enable_sdpa",
     "explain",
     "functional",
+    "generate",
     "nn",
+    "quantize",
     "restore",
     "use_backend",
 ]

@@ -13,6 +13,7 @@ from llmkernels.ops.lstm.gru import gru, gru_cell
 from llmkernels.ops.lstm.sequence import lstm
 from llmkernels.ops.norm.dropout import dropout_add_layer_norm, dropout_add_rms_norm
 from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from llmkernels.ops.quantized_linear.op import quantized_linear
 from llmkernels.ops.rope.cache import rope_cache
 from llmkernels.ops.rope.op import rope, rope_
 from llmkernels.ops.softmax.op import log_softmax, softmax
@@ -36,6 +37,7 @@ __all__ = [
     "lstm",
     "lstm_cell",
     "merge_attention",
+    "quantized_linear",
     "reglu",
     "rms_norm",
     "rope",

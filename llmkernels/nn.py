@@ -7,6 +7,8 @@ from llmkernels.ops.lstm.gru_module import GRU, GRUCell
 from llmkernels.ops.lstm.module import LSTM, LSTMCell
 from llmkernels.ops.lstm.quantized import QuantizedLSTM
 from llmkernels.ops.norm.module import LayerNorm, RMSNorm
+from llmkernels.ops.quantized_linear.embedding import QuantizedEmbedding
+from llmkernels.ops.quantized_linear.module import QuantizedLinear
 from llmkernels.ops.rope.module import RotaryEmbedding
 
 __all__ = [
@@ -18,7 +20,9 @@ __all__ = [
     "LayerNorm",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
+    "QuantizedEmbedding",
     "QuantizedLSTM",
+    "QuantizedLinear",
     "RMSNorm",
     "RotaryEmbedding",
     "SwiGLU",

@@ -1,6 +1,7 @@
 """Run the cases of an op family: check each candidate's answer, then time all of them in turns."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -89,17 +90,11 @@ def candidates_of(cases, bench, case, device: str, *, compiled: bool) -> dict:
 
 def measure(cases, bench, case, mode: str, device: str, *, seconds: float, compiled: bool, cold: bool) -> Measured:
     """Check and time one case in one mode: "fwd", "fwd+bwd", or "call" (no gradient, many short calls)."""
-    functions = candidates_of(cases, bench, case, device, compiled=compiled)
-    inputs = cases.make_inputs(case, device, seed=1)
-    plain = bench.without_chance(case) if hasattr(bench, "without_chance") else case
-    if plain == case:
-        wrong = _wrong(cases, case, inputs, functions)
-    else:
-        wrong = _wrong(cases, case, inputs, {name: functions[name] for name in functions if name in registry.BACKENDS})
-        peers = bench.peers(plain).items()
-        wrong |= _wrong(cases, plain, inputs, {name: function for name, function in peers if name in functions})
-    functions = {name: function for name, function in functions.items() if name not in wrong}
+    found, known = _checked(cases, bench, case, device, compiled)
+    wrong = dict(known)
+    functions = {name: function for name, function in found.items() if name not in wrong}
     if mode != "fwd+bwd":
+        inputs = cases.make_inputs(case, device, seed=1)
         functions |= _right(cases, case, inputs, bench.forward_peers(case, device), wrong)
     size = cases.bytes_moved(case, "fwd" if mode == "call" else mode)
     sets = _input_sets(cases, case, device, size if cold else 0)
@@ -121,6 +116,19 @@ def measure(cases, bench, case, mode: str, device: str, *, seconds: float, compi
     dtype = str(case.dtype).removeprefix("torch.")
     flops = cases.flops(case, mode) if mode != "call" and hasattr(cases, "flops") else None
     return Measured(str(case), case.op, mode, dtype, size, results, wrong, copy, flops, best, ratios)
+
+
+@functools.lru_cache(maxsize=1)  # both modes of a case, which follow each other: the fp64 truth can take a minute
+def _checked(cases, bench, case, device: str, compiled: bool) -> tuple[dict, dict[str, str]]:
+    """The candidates, and a sentence for each whose outputs or gradients are wrong."""
+    functions = candidates_of(cases, bench, case, device, compiled=compiled)
+    inputs = cases.make_inputs(case, device, seed=1)
+    plain = bench.without_chance(case) if hasattr(bench, "without_chance") else case
+    if plain == case:
+        return functions, _wrong(cases, case, inputs, functions)
+    wrong = _wrong(cases, case, inputs, {name: functions[name] for name in functions if name in registry.BACKENDS})
+    peers = bench.peers(plain).items()
+    return functions, wrong | _wrong(cases, plain, inputs, {name: peer for name, peer in peers if name in functions})
 
 
 PEER_ERROR = 0.05  # rms, of the rms size

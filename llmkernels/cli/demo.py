@@ -35,18 +35,6 @@ def add_arguments(parser) -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model for a few seconds: shows that it works")
 
 
-def _read(path: Path | None) -> bytes:
-    if path is None:
-        return source.standard_library()
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"--text: cannot read {path}: {error.strerror}") from error
-    if len(data) < source.MIN_BYTES:
-        raise UsageError(f"--text: {path} has {len(data)} bytes, expected at least {source.MIN_BYTES}")
-    return data
-
-
 def _prepare(args) -> None:
     if args.steps is not None and args.steps < 2:
         raise UsageError(f"--steps is {args.steps}, expected at least 2")
@@ -64,7 +52,7 @@ def _prepare(args) -> None:
 def run(args) -> int:
     console = make_console()
     _prepare(args)
-    train, held_out = source.split(_read(args.text))
+    train, held_out = source.split(source.read(args.text))
     size, length = (4, 64) if args.quick else (8, 256)
     steps = args.steps or (8 if args.quick else 80)
     threads = args.threads or torch.get_num_threads()

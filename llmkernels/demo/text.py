@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmkernels.cli import UsageError
+
 MIN_BYTES = 100_000
 
 
@@ -13,6 +15,19 @@ def standard_library(limit: int = 4_000_000) -> bytes:
     """The .py files of the standard library's top level in alphabetical order, up to `limit` bytes."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return b"\n".join(path.read_bytes() for path in files)[:limit]
+
+
+def read(path: Path | None) -> bytes:
+    """The bytes of a file, or without one the standard library. Raises: UsageError, it is absent or too short."""
+    if path is None:
+        return standard_library()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"--text: cannot read {path}: {error.strerror}") from error
+    if len(data) < MIN_BYTES:
+        raise UsageError(f"--text: {path} has {len(data)} bytes, expected at least {MIN_BYTES}")
+    return data
 
 
 def split(text: bytes) -> tuple[Tensor, Tensor]:

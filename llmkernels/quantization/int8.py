@@ -23,7 +23,7 @@ A row of x with a NaN or an infinity gives a row of NaN.
 import torch
 from torch import Tensor
 
-from llmkernels._dtypes import FLOAT_DTYPES, dtype_error
+from llmkernels.quantization import _checks, _rows
 from llmkernels.quantization.tensor import QuantizedTensor
 
 MAX = 127
@@ -32,30 +32,28 @@ EXACT_COLUMNS = 2**24 // MAX**2
 MAX_COLUMNS = (2**31 - 1) // MAX**2
 
 
-def quantize(weight: Tensor, name: str = "weight") -> QuantizedTensor:
-    """A weight `[N, K]` of any floating dtype as int8.
+def quantize(weight: Tensor, name: str = "weight", *, activations: str | None = None, **options) -> QuantizedTensor:
+    """A weight `[N, K]` of any floating dtype as int8, for activations as they are or rounded to "int8".
 
     Raises: ValueError or TypeError: `weight` is not a floating matrix, is too wide for a sum in 32 bits, or a row of it
         has a NaN, an infinity or values that no fp32 scale reaches. `name` is what the messages call it.
     """
-    if weight.dtype not in FLOAT_DTYPES:
-        raise dtype_error("int8", name, weight.dtype)
-    if weight.dim() != 2 or weight.shape[1] > MAX_COLUMNS:
-        raise ValueError(f"int8: {name} has shape {tuple(weight.shape)}, expected [N, K] with K up to {MAX_COLUMNS}")
-    wide = weight.detach().double()
-    bad = ~wide.isfinite().all(1)
-    if bad.any():
-        raise ValueError(
-            f"int8: row {int(bad.nonzero()[0])} of {name} has a NaN or an infinity, expected finite values"
-        )
-    largest = wide.abs().amax(1) if weight.shape[1] else wide.new_zeros(len(wide))
-    scales = (largest / MAX).float()
-    if (huge := scales.isinf()).any():
-        row = int(huge.nonzero()[0])
-        raise ValueError(f"int8: row {row} of {name} reaches {float(largest[row]):.1e}, expected less: scales are fp32")
-    scales = torch.where(scales == 0.0, 1.0, scales)
+    _checks.no_option("int8", options)
+    wide = _checks.finite_matrix("int8", weight, name)
+    if wide.shape[1] > MAX_COLUMNS:
+        raise ValueError(f"int8: {name} has shape {tuple(wide.shape)}, expected [N, K] with K up to {MAX_COLUMNS}")
+    largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(len(wide))
+    scales = _checks.finite_scales("int8", largest, MAX, torch.float32, name)
     values = (wide / scales.double()[:, None]).round().clamp(-MAX, MAX)
-    return QuantizedTensor("int8", tuple(weight.shape), pack(values), scales, weight.dtype)
+    return QuantizedTensor("int8", tuple(weight.shape), pack(values), scales, weight.dtype, activations=activations)
+
+
+def empty(shape: tuple[int, int], device=None, *, activations: str | None = None, **options) -> QuantizedTensor:
+    """Zeros of a shape `[N, K]`, for what is loaded later. Raises: TypeError for an option."""
+    _checks.no_option("int8", options)
+    data = torch.zeros(shape, dtype=torch.int8, device=device)
+    scales = torch.ones(shape[0], dtype=torch.float32, device=device)
+    return QuantizedTensor("int8", shape, data, scales, activations=activations)
 
 
 def pack(values: Tensor) -> Tensor:
@@ -71,24 +69,23 @@ def unpack(data: Tensor) -> Tensor:
 
 
 def check(tensor: QuantizedTensor) -> None:
-    """Raises ValueError where data and scales do not have the shapes and dtypes that this file says."""
+    """Raises ValueError where the parts do not have the shapes and dtypes that this file says."""
+    _checks.absent("int8", zeros=tensor.zeros, second_scales=tensor.second_scales)
+    _checks.group("int8", tensor.group_size, (None,))
     check_parts(tensor.data, tensor.scales, tensor.shape)
 
 
 def check_parts(data: Tensor, scales: Tensor, shape: tuple[int, int], name: str = "data") -> None:
     """`check` of the two tensors of a weight `shape` that are called `name` and `name`_scale."""
-    parts = ((name, data, torch.int8, tuple(shape)), (f"{name}'s scales", scales, torch.float32, (shape[0],)))
-    for part_name, part, dtype, expected in parts:
-        if part.dtype != dtype or tuple(part.shape) != expected:
-            raise ValueError(f"int8: {part_name}: {part.dtype} {tuple(part.shape)}, expected {dtype} {expected}")
+    _checks.part("int8", name, data, (torch.int8,), tuple(shape))
+    _checks.part("int8", f"{name}'s scales", scales, (torch.float32,), (shape[0],))
 
 
-def check_values(data: Tensor, scales: Tensor, name: str = "data") -> None:
+def check_values(tensor: QuantizedTensor, name: str = "data") -> None:
     """Raises ValueError for bytes and scales that `quantize` never writes; for what comes from a file."""
-    if bool((data == -MAX - 1).any()):
+    if bool((tensor.data == -MAX - 1).any()):
         raise ValueError(f"int8: {name} has a -128, expected -{MAX} to {MAX}")
-    if not bool((scales.isfinite() & (scales > 0.0)).all()):
-        raise ValueError(f"int8: {name}'s scales have a value that is not finite and above zero")
+    _checks.finite_positive("int8", tensor.scales, name)
 
 
 def dequantize(tensor: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -99,12 +96,8 @@ def dequantize(tensor: QuantizedTensor, dtype: torch.dtype | None = None) -> Ten
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Activations `[.., K]` as (int8 `[.., K]`, scales fp32 `[.., 1]`)."""
-    wide = x.detach().float()
-    scales = wide.abs().amax(-1, keepdim=True) / MAX if x.shape[-1] else wide.new_zeros(*x.shape[:-1], 1)
-    scales = torch.where(scales == 0.0, 1.0, scales)
-    values = torch.nan_to_num(wide / scales, 0.0, 0.0, 0.0).round().clamp(-MAX, MAX)
-    # Without this an infinite scale times a product of zero would be the only NaN.
-    return values.to(torch.int8), torch.where(scales.isfinite(), scales, torch.nan)
+    values, scales = _rows.scaled(x, MAX)
+    return values.round().clamp(-MAX, MAX).to(torch.int8), scales
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:

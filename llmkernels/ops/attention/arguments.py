@@ -53,13 +53,14 @@ def check_tensor(op: str, name: str, tensor: Tensor, query: Tensor, dtype: torch
 
 def check_dtypes(op: str, query: Tensor, **others: Tensor) -> None:
     """A floating type for all of them, on one device."""
-    if query.dtype not in FLOAT_DTYPES:
-        raise dtype_error(op, "query", query.dtype)
+    dtype, device = query.dtype, query.device
+    if dtype not in FLOAT_DTYPES:
+        raise dtype_error(op, "query", dtype)
     for name, tensor in others.items():
-        if tensor.device != query.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {query.device}, the device of query")
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {query.dtype}, the dtype of query")
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {device}, the device of query")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}, expected {dtype}, the dtype of query")
 
 
 def check_heads(op: str, heads: int, key_heads: int, value_heads: int, *, grouped: bool) -> None:

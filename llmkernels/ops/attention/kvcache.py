@@ -15,27 +15,36 @@ OP = "attention_kvcache"
 # --- what the arguments must be -------------------------------------------------------------------------------------
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{OP}: {name} has shape {tuple(tensor.shape)}, expected {shape}, {why}")
+# A step of decoding asks all of this at every layer: each shape is read once, and texts are made for errors alone.
+
+
+def _expect(name: str, shape: tuple[int, ...], expected: tuple[int, ...], why: str) -> None:
+    if shape != expected:
+        raise ValueError(f"{OP}: {name} has shape {tuple(shape)}, expected {expected}, {why}")
 
 
 def _check_tensors(query, k_cache, v_cache, k, v, block_table) -> None:
     if (k is None) != (v is None):
         given, missing = ("k", "v") if v is None else ("v", "k")
         raise ValueError(f"{OP}: {given} is given without {missing}, expected both or none")
-    new = {} if k is None else {"k": k, "v": v}
-    arguments.check_dtypes(OP, query, k_cache=k_cache, v_cache=v_cache, **new)
-    for name, tensor in {"query": query, "k_cache": k_cache, "v_cache": v_cache, **new}.items():
-        if tensor.dim() != 4:
-            raise ValueError(f"{OP}: {name} has shape {tuple(tensor.shape)}, expected (batch, length, heads, head_dim)")
-    batch, _, heads, head_dim = query.shape
-    key_heads, value_dim = k_cache.shape[2], v_cache.shape[3]
-    _expect("k_cache", k_cache, (*k_cache.shape[:3], head_dim), "with the head_dim of query")
-    _expect("v_cache", v_cache, (*k_cache.shape[:3], value_dim), "as k_cache but for the head_dim")
-    arguments.check_heads(OP, heads, key_heads, v_cache.shape[2], grouped=True)
+    tensors = {"query": query, "k_cache": k_cache, "v_cache": v_cache}
+    if k is not None:
+        tensors["k"], tensors["v"] = k, v
+    arguments.check_dtypes(OP, **tensors)
+    shapes = [tensor.shape for tensor in tensors.values()]
+    for name, shape in zip(tensors, shapes, strict=True):
+        if len(shape) != 4:
+            raise ValueError(f"{OP}: {name} has shape {tuple(shape)}, expected (batch, length, heads, head_dim)")
+    (batch, _, heads, head_dim), keys, values = shapes[:3]
+    rows, key_heads, value_dim = keys[0], keys[2], values[3]
+    if keys[3] != head_dim:
+        _expect("k_cache", keys, (*keys[:3], head_dim), "with the head_dim of query")
+    if values[:3] != keys[:3]:
+        _expect("v_cache", values, (*keys[:3], value_dim), "as k_cache but for the head_dim")
+    arguments.check_heads(OP, heads, key_heads, values[2], grouped=True)
     if block_table is None:
-        _expect("k_cache", k_cache, (batch, *k_cache.shape[1:]), "with the batch of query")
+        if rows != batch:
+            _expect("k_cache", keys, (batch, *keys[1:]), "with the batch of query")
     else:
         arguments.check_tensor(OP, "block_table", block_table, query, torch.int32)
         if block_table.dim() != 2 or block_table.shape[0] != batch:
@@ -43,8 +52,9 @@ def _check_tensors(query, k_cache, v_cache, k, v, block_table) -> None:
                 f"{OP}: block_table has shape {tuple(block_table.shape)}, expected ({batch}, pages of a sequence)"
             )
     if k is not None:
-        _expect("k", k, (batch, k.shape[1], key_heads, head_dim), "what fits query and k_cache")
-        _expect("v", v, (batch, k.shape[1], key_heads, value_dim), "what fits k and v_cache")
+        count = shapes[3][1]
+        _expect("k", shapes[3], (batch, count, key_heads, head_dim), "what fits query and k_cache")
+        _expect("v", shapes[4], (batch, count, key_heads, value_dim), "what fits k and v_cache")
 
 
 def _check_lengths(cache_seqlens, query: Tensor, appended: int | None, capacity: int) -> list[int] | None:
@@ -56,7 +66,7 @@ def _check_lengths(cache_seqlens, query: Tensor, appended: int | None, capacity:
         return [capacity] * batch
     if isinstance(cache_seqlens, Tensor):
         arguments.check_tensor(OP, "cache_seqlens", cache_seqlens, query, torch.int32)
-        _expect("cache_seqlens", cache_seqlens, (batch,), "one length for each sequence")
+        _expect("cache_seqlens", cache_seqlens.shape, (batch,), "one length for each sequence")
         if not arguments.values_are_checked(cache_seqlens):
             return None
         lengths = cache_seqlens.tolist()

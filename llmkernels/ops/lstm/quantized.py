@@ -144,7 +144,7 @@ class QuantizedLSTM(torch.nn.Module):
             data, scales = (state_dict.get(prefix + each) for each in (name, name + SCALE))
             if data is not None and scales is not None:
                 int8.check_parts(data, scales, tuple(getattr(self, name).shape), prefix + name)
-                int8.check_values(data, scales, prefix + name)
+                int8.check_values(QuantizedTensor("int8", tuple(data.shape), data, scales), prefix + name)
             elif data is not None and data.dtype != torch.int8:
                 raise ValueError(
                     f"QuantizedLSTM: {prefix + name} is {data.dtype}, expected torch.int8: load it into an LSTM, and"

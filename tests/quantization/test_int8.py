@@ -1,7 +1,11 @@
-"""llmkernels.quantization: what the bits are, that integers are exact, what is refused."""
+"""int8: what the bits are, that integers are exact, what is refused."""
 
+from dataclasses import replace
+
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies
 
 from llmkernels.quantization import int8
 from llmkernels.quantization.tensor import QuantizedTensor
@@ -34,6 +38,19 @@ def test_the_bits():
     assert torch.equal(
         int8.quantize(torch.tensor([[0.5, 1.5, -2.5, 127.0]])).data, torch.tensor([[0, 2, -2, 127]]).char()
     )
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+    n=strategies.integers(0, 4), k=strategies.integers(0, 70),
+    exponent=strategies.integers(-30, 30), seed=strategies.integers(0, 999),
+)  # fmt: skip
+def test_what_was_rounded_once_is_rounded_to_itself(n, k, exponent, seed):
+    first = int8.quantize(random_weight(n, k, torch.float64, seed) * 2.0**exponent)
+    once = first.dequantize(torch.float64)
+    again = int8.quantize(once)
+    assert torch.equal(again.data, first.data) and torch.equal(again.dequantize(torch.float64), once)
+    assert torch.equal(int8.pack(int8.unpack(first.data)), first.data)
 
 
 def test_rows_of_zeros_tiny_and_huge_values():
@@ -98,8 +115,9 @@ def test_bad_input_has_one_clear_message():
         (ValueError, r"data: torch.int8 \(6, 40\), expected torch.int8 \(6, 41\)",
          lambda: QuantizedTensor("int8", (6, 41), w.data, w.scales)),
         (ValueError, "scales: torch.float64", lambda: QuantizedTensor("int8", (6, 40), w.data, w.scales.double())),
-        (ValueError, "int8: data has a -128", lambda: int8.check_values(w.data.clone().fill_(-128), w.scales)),
-        (ValueError, "scales have a value that is not finite", lambda: int8.check_values(w.data, w.scales * 0.0)),
+        (ValueError, "int8: data has a -128", lambda: int8.check_values(replace(w, data=w.data * 0 - 128))),
+        (ValueError, "scales have a value that is not finite",
+         lambda: int8.check_values(replace(w, scales=w.scales * 0))),
     ]  # fmt: skip
     for error, message, call in wrong:
         with pytest.raises(error, match=message):

@@ -1,0 +1,167 @@
+"""quantized_linear: schemas, fakes, argument checks, autograd, backend order."""
+
+import torch
+from torch import Tensor
+
+from llmkernels import _op, registry
+from llmkernels._autograd import is_differentiated, needs_grad, transform_active
+from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_error
+from llmkernels.ops.quantized_linear import reference
+from llmkernels.quantization.tensor import QuantizedTensor
+
+OP = "quantized_linear"
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # data, scales, zeros, second_scales
+Kind = tuple[str, int, str]  # format, group size (0: the whole row), activations ("": as they are)
+
+# --- raw ops ----------------------------------------------------------------------------------------------------------
+
+
+def _fwd_fake(x, data, scales, zeros, second_scales, bias, format, group_size, activations):
+    return x.new_empty(x.shape[0], data.shape[0])
+
+
+def _bwd_fake(dy, data, scales, zeros, second_scales, columns, format, group_size):
+    return dy.new_empty(dy.shape[0], columns)
+
+
+def _portable_fwd(x, *rest):
+    return registry.pick(OP, (x, *rest)).fwd(x, *rest)
+
+
+def _portable_bwd(dy, data, scales, zeros, second_scales, columns, format, group_size):
+    parts = (data, scales, zeros, second_scales)
+    chosen = registry.pick(OP, (dy, *parts, None, format, group_size, ""))
+    return chosen.bwd(dy, *parts, columns, format, group_size)
+
+
+_op.define_kernel(
+    "quantized_linear_fwd",
+    "(Tensor x, Tensor data, Tensor scales, Tensor? zeros, Tensor? second_scales, Tensor? bias, str format,"
+    " int group_size, str activations) -> Tensor",
+    _fwd_fake,
+    _portable_fwd,
+)
+_op.define_kernel(
+    "quantized_linear_bwd",
+    "(Tensor dy, Tensor data, Tensor scales, Tensor? zeros, Tensor? second_scales, SymInt columns, str format,"
+    " int group_size) -> Tensor",
+    _bwd_fake,
+    _portable_bwd,
+)
+
+# --- autograd -------------------------------------------------------------------------------------------------------
+
+
+class QuantizedLinearFunction(torch.autograd.Function):
+    """apply(x, bias, parts, kind, chosen) -> y. x is `[M, K]`, bias `[N]` of its dtype or None; the weight is frozen.
+
+    `parts` are the tensors (data, scales, zeros, second_scales) of a QuantizedTensor, `kind` its (format, group size or
+    0, activations or ""); `chosen` names the backend of both directions. Nothing of the input is saved: y is linear in
+    it, and the rounding of activations passes gradients as they are.
+    """
+
+    @staticmethod
+    def forward(ctx, x, bias, parts, kind, chosen):
+        ctx.save_for_backward(*parts)
+        ctx.settings = (x.shape[1], kind[:2], chosen)
+        return registry.entry(OP, chosen).fwd(x, *parts, bias, *kind)
+
+    @staticmethod
+    def backward(ctx, dy):
+        columns, kind, chosen = ctx.settings
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            # The reference is plain PyTorch, which records what is done with dy.
+            bwd = reference.linear_bwd if is_differentiated() else registry.entry(OP, chosen).bwd
+            dx = bwd(dy, *ctx.saved_tensors, columns, *kind)
+        if ctx.needs_input_grad[1]:
+            dbias = dy.sum(0, dtype=accumulate_dtype(dy.dtype)).to(dy.dtype)
+        return dx, dbias, None, None, None
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def _check(input: Tensor, parts: Parts, rows: int, columns: int, bias: Tensor | None) -> None:
+    if input.dtype not in FLOAT_DTYPES:
+        raise dtype_error(OP, "input", input.dtype)
+    if input.dim() == 0 or input.shape[-1] != columns:
+        raise ValueError(f"{OP}: input has shape {tuple(input.shape)}, expected {columns} columns, the weight's")
+    device = input.device
+    if bias is not None:
+        if bias.dtype not in FLOAT_DTYPES:
+            raise dtype_error(OP, "bias", bias.dtype)
+        if tuple(bias.shape) != (rows,):
+            raise ValueError(f"{OP}: bias has shape {tuple(bias.shape)}, expected ({rows},), the weight's rows")
+    for name, tensor in (("weight", parts[0]), ("bias", bias)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{OP}: {name} is on {tensor.device}, expected {device}, the device of input")
+
+
+def run(input: Tensor, parts: Parts, shape: tuple[int, int], kind: Kind, bias: Tensor | None,
+        order: Tensor | None = None, backend: str | None = None) -> Tensor:  # fmt: skip
+    """`quantized_linear` of a weight's parts: what the public functions and the modules call."""
+    _check(input, parts, *shape, bias)
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        input = input.to(torch.get_autocast_dtype(device))  # as torch's linear
+    if bias is not None and bias.dtype != input.dtype:
+        bias = bias.to(input.dtype)
+    if order is not None:
+        input = input.index_select(-1, order)
+    x = input if input.dim() == 2 else input.reshape(-1, shape[1]) if shape[1] else input.flatten(0, -2)
+    chosen = registry.pick(OP, (x, *parts, bias, *kind), backend)
+    if chosen.name == "torch" and transform_active():
+        y = reference.formula(x, bias, *parts, *kind)
+    elif needs_grad(x, bias):
+        y = QuantizedLinearFunction.apply(x, bias, parts, kind, chosen.name)
+    else:
+        y = chosen.fwd(x, *parts, bias, *kind)
+    return y if input.dim() == 2 else y.view(*input.shape[:-1], shape[0])
+
+
+# --- the public functions -------------------------------------------------------------------------------------------
+
+
+def quantized_linear(
+    input: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """torch.nn.functional.linear with a quantized weight: `input @ weight.T + bias`.
+
+    Args:
+        input: `[*, K]`, fp64, fp32, bf16 or fp16, any strides; under autocast it is converted as linear's is.
+        weight: `[N, K]`, from `llmkernels.quantization.quantize_tensor`; where it says so, each row of the input is
+            rounded to int8 or fp8 first.
+        bias: `[N]` of any floating dtype, converted to the input's.
+        backend: "cuda" | "triton" | "cpu" | "torch"; default: the first that can run this call.
+    Returns: `[*, N]` in the dtype of `input`, added in fp32 (fp64 for fp64). Input and bias have gradients, of every
+        order; the weight is frozen. The gradient passes the rounding of activations as if there were none.
+    Raises: ValueError or TypeError, shapes, devices or dtypes do not fit; NoBackendError, a forced backend cannot run
+        this call (the message says why).
+    """
+    if not isinstance(weight, QuantizedTensor):
+        got = type(weight).__name__
+        raise TypeError(f"{OP}: weight is a {got}, expected a QuantizedTensor: quantize_tensor(weight, 'int8')")
+    parts = (weight.data, weight.scales, weight.zeros, weight.second_scales)
+    kind = (weight.format, weight.group_size or 0, weight.activations or "")
+    return run(input, parts, weight.shape, kind, bias, weight.order, backend)
+
+
+def _public(input, data, scales, zeros, second_scales, order, bias, columns, *, format, group_size=0, activations=""):
+    weight = reference.weight_of(columns, data, scales, zeros, second_scales, format, group_size, activations)
+    kind = (format, group_size, activations)
+    return run(input, (data, scales, zeros, second_scales), weight.shape, kind, bias, order)
+
+
+# --- backends, best first -------------------------------------------------------------------------------------------
+
+_KERNELS = ("torch", registry.PORTABLE)
+_backends = _op.backends(OP, "quantized_linear_fwd", "quantized_linear_bwd", reference.linear_fwd, reference.linear_bwd)
+registry.register(OP, *(backend for backend in _backends if backend.name in _KERNELS))
+
+_op.define_public(
+    OP,
+    "(Tensor input, Tensor data, Tensor scales, Tensor? zeros, Tensor? second_scales, Tensor? order, Tensor? bias,"
+    ' SymInt columns, *, str format, int group_size=0, str activations="") -> Tensor',
+    _public,
+)
