@@ -184,6 +184,28 @@ def test_state_dicts_go_both_ways():
     torch.testing.assert_close(fast(TOKENS), plain(TOKENS))
 
 
+@pytest.mark.parametrize("first", ("quantize", "accelerate"))
+def test_with_quantized_layers(first):
+    """In either order: the layers of a gated MLP are quantized, and what runs between them is ours."""
+
+    def changed(model, order):
+        for change in order:
+            if change == "quantize":
+                llmkernels.quantize(model, "int8", keep_original=True, progress=False)
+            else:
+                llmkernels.accelerate(model, backend=BEST)
+        return model
+
+    quantized = changed(make(), ["quantize"])
+    both = changed(make(), sorted(("quantize", "accelerate"), key=lambda name: name != first))
+    assert type(both.mlp) is not MLP and type(both.mlp.gate) is type(quantized.mlp.gate) is not nn.Linear
+    with torch.no_grad():
+        torch.testing.assert_close(both(TOKENS), quantized(TOKENS), rtol=1e-4, atol=1e-5)
+    llmkernels.restore(both)
+    assert [type(module) for module in both.modules()] == [type(module) for module in make().modules()]
+    assert torch.equal(both(TOKENS), make()(TOKENS))
+
+
 # --- torch's transformer layers ---------------------------------------------------------------------------------------
 
 
