@@ -6,15 +6,17 @@ verify.py the proof, swap.py how a model is changed and changed back, session.py
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmkernels import registry
 from llmkernels.accelerate import swap
 from llmkernels.accelerate.candidate import Candidate, rule
 from llmkernels.accelerate.functional_mode import FunctionalMode
 from llmkernels.accelerate.report import Report
+from llmkernels.accelerate.select import Selector
 from llmkernels.accelerate.session import Session
 
 __all__ = ["Candidate", "Report", "accelerate", "accelerated", "restore"]
@@ -24,10 +26,10 @@ def accelerate(
     model: nn.Module,
     *,
     backend: str | None = None,
-    include=None,
-    exclude=None,
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
     verify: bool = True,
-    example_inputs=None,
+    example_inputs: Tensor | tuple | Mapping[str, Any] | None = None,
     benchmark: bool = False,
     inplace: bool = True,
 ) -> Report:
