@@ -33,7 +33,8 @@ def docstrings(code: str) -> list[str]:
     """The docstrings of functions and classes that are long enough to be found again."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     found = (ast.get_docstring(node) for node in ast.walk(ast.parse(code)) if isinstance(node, kinds))
-    return [" ".join(text.split()) for text in found if text and len(text) >= SHORTEST and ". " in text]
+    texts = (" ".join(text.split()) for text in found if text)
+    return [text for text in texts if len(text) >= SHORTEST and ". " in text]
 
 
 def library() -> list[str]:

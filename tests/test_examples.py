@@ -13,7 +13,7 @@ SMALL = {
     "lstm_language_model": (24, 0.9),
     "transformer_language_model": (6, 0.95),
     "self_attention_from_scratch": (8, 0.95),
-    "bert_classifier": (40, 0.8),
+    "bert_classifier": (60, 0.7),
     "lstm_text_classifier": (120, 0.8),
     "digits_classifier": (150, 0.2),
     "llama_chat_decode": (8, 0.9),
