@@ -11,6 +11,11 @@ enum class Codes { kInt8, kFp8, kLevels, kZeros };
 
 constexpr bool in_four_bits(Codes codes) { return codes == Codes::kLevels || codes == Codes::kZeros; }
 
+// Of codes without zero points, not scaled.
+inline Levels levels_of(WeightFormat format) {
+  return Levels(format).with(1.0f, format == WeightFormat::kInt4 ? -static_cast<float>(kInt4Middle) : 0.0f);
+}
+
 // The vectors of a block of a row, from its bytes. Four-bit codes come out in planes, bytes in natural order.
 template <class Operand, Codes kCodes>
 struct Expander;
@@ -18,7 +23,7 @@ struct Expander;
 template <Codes kCodes>
 struct Expander<FloatOperand, kCodes> {
   Table<FloatOperand> table;
-  explicit Expander(WeightFormat format) : table(Levels(format, 1.0f, -static_cast<float>(kInt4Middle))) {}
+  explicit Expander(WeightFormat format) : table(levels_of(format)) {}
   void operator()(const uint8_t* from, Int32Vector minus_zeros, Bits (&w)[8]) const {
     if constexpr (in_four_bits(kCodes)) {
       const Bits codes = load_bits(from);
@@ -42,7 +47,7 @@ struct Expander<PairOperand, kCodes> {
   Table<PairOperand> table;
   explicit Expander(WeightFormat format)
       : table(kCodes == Codes::kZeros ? Table<PairOperand>(Table<PairOperand>::Signed{})
-                                      : Table<PairOperand>(Levels(format, 1.0f, -static_cast<float>(kInt4Middle)))) {}
+                                      : Table<PairOperand>(levels_of(format))) {}
   void operator()(const uint8_t* from, Int32Vector minus_zeros, Bits (&w)[4]) const {
     if constexpr (kCodes == Codes::kLevels) {
       const __m512i codes = bit_cast<__m512i>(load_bits(from));
@@ -113,6 +118,18 @@ struct Expander<ByteOperand, kCodes> {
     }
   }
 };
+
+// Codes less their zero points, as bytes with a sign.
+template <Codes kCodes>
+struct Expander<SignedByteOperand, kCodes> {
+  explicit Expander(WeightFormat) {}
+  void operator()(const uint8_t* from, Int32Vector minus_zeros, Bits (&w)[2]) const {
+    const Bits codes = load_bits(from);
+    const UInt8Vector zeros = bit_cast<UInt8Vector>(bit_cast<Bits>(minus_zeros & 0xff) * 0x01010101u);
+    w[0] = bit_cast<Bits>(bit_cast<UInt8Vector>(codes & 0x0f0f0f0fu) + zeros);
+    w[1] = bit_cast<Bits>(bit_cast<UInt8Vector>((codes >> 4) & 0x0f0f0f0fu) + zeros);
+  }
+};
 #endif
 
 // What the zero points of a block take from the sums of its lanes, where operands are codes as they are.
@@ -177,9 +194,15 @@ __attribute__((noinline)) void direct_tile(const QuantizedWeight& weight, const 
   };
 
   const int64_t block_bytes = bytes_of(weight, kBlockColumns), whole = weight.K / kBlockColumns;
+  // The four rows that come next: the processor's own prefetching ends with a page, about as long as a row.
+  const int64_t ahead = kTileWeights * row_bytes(weight);
   for (int64_t block = 0; block < whole; ++block) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kTileWeights; ++i) step(i, w_row[i].bytes + block * block_bytes, block);
+    for (int i = 0; i < kTileWeights; ++i) {
+      const uint8_t* const from = w_row[i].bytes + block * block_bytes;
+      for (int64_t line = 0; line < block_bytes; line += 64) __builtin_prefetch(from + ahead + line);
+      step(i, from, block);
+    }
   }
   if (whole * kBlockColumns < weight.K) {
     uint8_t rest[kTileWeights][kBlockColumns] = {};

@@ -87,10 +87,22 @@ struct ByteOperand {
   }
   static int8_t element(float value) { return static_cast<int8_t>(value); }
 };
+// The other way round, for codes of four bits that are expanded into the cache: what the offset of x adds is the same for
+// all its rows, -`surplus` of a vector.
+struct SignedByteOperand {
+  using Element = int8_t;
+  using Sum = Int32Vector;
+  static constexpr int kPlanes = 2;
+  static Sum dot(Sum sum, Bits w, Bits x) { return ByteOperand::dot(sum, x, w); }
+  static Sum surplus(Sum sum, Bits w) { return dot(sum, w, Bits{} + 0x80808080u); }
+  static int8_t element(float value) { return static_cast<int8_t>(static_cast<int8_t>(value) ^ -128); }
+};
 using IntegerOperand = ByteOperand;
+using CachedCodes = SignedByteOperand;
 constexpr bool kBytes = true;
 #else
 using IntegerOperand = ShortOperand;
+using CachedCodes = ShortOperand;
 constexpr bool kBytes = false;
 #endif
 
@@ -101,23 +113,29 @@ constexpr int kPlaneElements = kVectorBytes / static_cast<int>(sizeof(typename O
 
 // --- sums of lanes: four vectors at once, in the same order for each, which no place in a tile changes ---
 
-template <class V>
-inline V pairwise(V a, V b) {
-  Int32Vector even, odd;
+// The elements of a and b by turns, kWide at a time, within each quarter of four lanes: those of its lower half and those
+// of its upper half, added.
+template <int kWide, class V>
+inline V add_halves(V a, V b) {
+  Int32Vector low, high;
   for (int i = 0; i < kWords; ++i) {
-    even[i] = 2 * i;
-    odd[i] = 2 * i + 1;
+    const int quarter = i / 4 * 4, turn = i % 4 / kWide % 2 * kWords;
+    const int element = kWide == 1 ? i % 4 / 2 : i % 2;
+    low[i] = quarter + element + turn;
+    high[i] = quarter + element + 2 + turn;
   }
-  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
 }
 
 // Lanes 0 ... 3 of the result are the sums of `in`.
 template <class V>
 inline V sum_four(const V (&in)[4]) {
-  V sums = pairwise(pairwise(in[0], in[1]), pairwise(in[2], in[3]));
-  if constexpr (kWords > 4) {
-    // Runs of kWords / 4 lanes of each: bring them to the front, halving.
-    for (int left = kWords / 4; left > 1; left /= 2) sums = pairwise(sums, sums);
+  V sums = add_halves<2>(add_halves<1>(in[0], in[1]), add_halves<1>(in[2], in[3]));
+#pragma GCC unroll 2
+  for (int left = kWords / 2; left >= 4; left /= 2) {
+    Int32Vector upper;
+    for (int i = 0; i < kWords; ++i) upper[i] = (i + left) % kWords;
+    sums += __builtin_shuffle(sums, upper);
   }
   return sums;
 }

@@ -38,18 +38,25 @@ __attribute__((noinline)) void expanded_tile(const PreparedRows& rows, int64_t m
     for (int i = 0; i < kTileWeights; ++i) totals[r][i] = Total{};
   }
   if constexpr (kGrouped) {
+    const float* scales[kTileWeights];
+    for (int i = 0; i < kTileWeights; ++i) scales[i] = w.row[n + (i < count ? i : 0)].scales;
     for (int64_t block = first; block < end; ++block) {
       const int64_t at = (block - first) * kBlockColumns;
 #pragma GCC unroll 4
       for (int i = 0; i < kTileWeights; ++i) {
-        const WeightRow& row = w.row[n + (i < count ? i : 0)];
-        const FloatVector scale = lanes.of(row.scales, block);
-        const Int32Vector minus_zeros = lanes.of(row.minus_zeros, block);
+        const FloatVector scale = lanes.of(scales[i], block);
         Bits b[kPlanes];
+#pragma GCC unroll 4
         for (int j = 0; j < kPlanes; ++j) b[j] = load_bits(from[i] + at + j * kElements);
+        Sum start{};
+#if defined(CPU_CAPABILITY_AVX512_VNNI)
+        if constexpr (std::is_same_v<Operand, SignedByteOperand>) {
+          start = -Operand::surplus(Operand::surplus(start, b[0]), b[1]);
+        }
+#endif
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-          Sum sum = start_of<Operand>(minus_zeros, rows.lane_sums(m + r) + block * kWords);
+          Sum sum = start;
 #pragma GCC unroll 4
           for (int j = 0; j < kPlanes; ++j) sum = Operand::dot(sum, b[j], load_bits(x[r] + at + j * kElements));
           totals[r][i] += as_float(sum) * scale;

@@ -140,14 +140,20 @@ inline FloatVector byte_values(const uint8_t* from) {
 
 // --- codes of four bits ---
 
-// What the sixteen codes stand for, each times `scale` and more by `shift`.
+// What the sixteen codes stand for, each more by `shift` and then times `scale`; of nf4 there is no shift.
 struct Levels {
-  float of[16];
+  static constexpr int kVectors = 16 / kWords;
+  FloatVector of[kVectors];
 
-  Levels(WeightFormat format, float scale, float shift) {
+  explicit Levels(WeightFormat format) {
     for (int i = 0; i < 16; ++i) {
-      of[i] = scale * (format == WeightFormat::kNf4 ? kNf4Levels[i] : static_cast<float>(i) + shift);
+      of[i / kWords][i % kWords] = format == WeightFormat::kNf4 ? kNf4Levels[i] : static_cast<float>(i);
     }
+  }
+  Levels with(float scale, float shift) const {
+    Levels levels = *this;
+    for (int v = 0; v < kVectors; ++v) levels.of[v] = (of[v] + shift) * scale;
+    return levels;
   }
 };
 
@@ -159,24 +165,24 @@ template <>
 struct Table<FloatOperand> {
 #if defined(CPU_CAPABILITY_AVX512)
   FloatVector levels;
-  explicit Table(const Levels& from) : levels(load(from.of)) {}
+  explicit Table(const Levels& from) : levels(from.of[0]) {}
   Bits look_up(Bits codes) const {
     return bit_cast<Bits>(_mm512_maskz_permutexvar_ps(0xffff, bit_cast<__m512i>(codes), bit_cast<__m512>(levels)));
   }
 #elif defined(CPU_CAPABILITY_AVX2)
   FloatVector low, high;
-  explicit Table(const Levels& from) : low(load(from.of)), high(load(from.of + 8)) {}
+  explicit Table(const Levels& from) : low(from.of[0]), high(from.of[1]) {}
   Bits look_up(Bits codes) const {
     const __m256 a = _mm256_permutevar8x32_ps(bit_cast<__m256>(low), bit_cast<__m256i>(codes));
     const __m256 b = _mm256_permutevar8x32_ps(bit_cast<__m256>(high), bit_cast<__m256i>(codes));
     return bit_cast<Bits>(_mm256_blendv_ps(a, b, bit_cast<__m256>(codes << 28)));
   }
 #else
-  Levels levels;
-  explicit Table(const Levels& from) : levels(from) {}
+  float levels[16];
+  explicit Table(const Levels& from) { __builtin_memcpy(levels, from.of, sizeof(levels)); }
   Bits look_up(Bits codes) const {
     FloatVector value;
-    for (int i = 0; i < kWords; ++i) value[i] = levels.of[codes[i] & 15u];
+    for (int i = 0; i < kWords; ++i) value[i] = levels[codes[i] & 15u];
     return bit_cast<Bits>(value);
   }
 #endif
@@ -205,7 +211,7 @@ template <>
 struct Table<PairOperand> {
   __m512i levels;  // the sixteen twice: the bit above a code does not matter
   explicit Table(const Levels& from) {
-    const __m256i half = bit_cast<__m256i>(narrow(load(from.of), BFloat16{}));
+    const __m256i half = bit_cast<__m256i>(narrow(from.of[0], BFloat16{}));
     levels = _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
   }
   // For codes less a zero point, -16 ... 15, by their low five bits.
@@ -258,6 +264,7 @@ template <class Operand>
 inline void expand(const QuantizedWeight& weight, const WeightRow& row, bool scaled, int64_t first, int64_t end,
                    typename Operand::Element* to) {
   const bool codes = four_bits(weight.format);
+  const Levels levels(weight.format);
   for (int64_t k = first; k < end; k += kBlockColumns) {
     const uint8_t* from = row.bytes + bytes_of(weight, k);
     uint8_t rest[kBlockColumns] = {};
@@ -281,8 +288,8 @@ inline void expand(const QuantizedWeight& weight, const WeightRow& row, bool sca
       for (int64_t i = 0; i < kBlockColumns; i += step) {
         const int64_t wanted = size != 0 ? (k + i) / size : 0;
         const int64_t group = wanted < weight.groups ? wanted : weight.groups - 1;
-        const Table<Operand> table(Levels(weight.format, scaled ? row.scales[group] : 1.0f,
-                                          row.minus_zeros != nullptr ? row.minus_zeros[group] : 0.0f));
+        const float shift = row.minus_zeros != nullptr ? static_cast<float>(row.minus_zeros[group]) : 0.0f;
+        const Table<Operand> table(levels.with(scaled ? row.scales[group] : 1.0f, shift));
         const int64_t stop = i + step;
         for (int64_t j = i; j < stop; j += kPlaneElements<Operand>) table.natural(from + j / 2, to + j);
       }

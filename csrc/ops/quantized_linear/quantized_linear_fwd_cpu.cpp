@@ -21,27 +21,29 @@ struct Way {
   int64_t n_blocks, m_blocks;
 };
 
-// f(operand type) for the operands of a call.
-template <class F>
-inline auto with_operand(const QuantizedLinearFwdParams& p, F&& f) {
-  if (p.activations == Activations::kInt8) return f(IntegerOperand{});
-#if defined(CPU_CAPABILITY_AVX512_BF16)
-  const bool exact = p.activations == Activations::kFp8 && p.weight.group_size == 0;
-  if (exact || p.dtype == DType::kBFloat16) return f(PairOperand{});
-#endif
-  return f(FloatOperand{});
-}
-
 inline Way way_of(const QuantizedLinearFwdParams& p) {
   const bool codes = four_bits(p.weight.format), integers = p.activations == Activations::kInt8;
   Way way;
   way.direct = p.M <= kMostDirect;
   // Floats that are expanded into the cache have the scales of their groups there.
   way.grouped = p.weight.group_size != 0 && (way.direct || integers);
-  way.lane_sums = integers && codes && kBytes && way.grouped;
+  way.lane_sums = integers && codes && kBytes && way.direct && way.grouped;
   way.n_blocks = div_up(p.weight.N, kBlockRows);
   way.m_blocks = div_up(p.M, kTaskRows);
   return way;
+}
+
+// f(operand type) for the operands of a call.
+template <class F>
+inline auto with_operand(const QuantizedLinearFwdParams& p, const Way& way, F&& f) {
+  if (p.activations == Activations::kInt8) {
+    return way.grouped && !way.direct ? f(CachedCodes{}) : f(IntegerOperand{});
+  }
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+  const bool exact = p.activations == Activations::kFp8 && p.weight.group_size == 0;
+  if (exact || p.dtype == DType::kBFloat16) return f(PairOperand{});
+#endif
+  return f(FloatOperand{});
 }
 
 // The memory of a task.
@@ -143,15 +145,15 @@ inline void product_block(const QuantizedLinearFwdParams& p, const Way& way, con
         expand_integers<Operand>(weight, w_rows[n], first, end, expanded + n * stride);
       }
     }
+    constexpr bool kGrouped = !kIsFloat<Operand>;
     const auto call = [&](auto grouped) {
       expanded_rows<Operand, decltype(grouped)::value>(rows, m, m_count, w, n_count, lanes, first / kBlockColumns,
-                                                      end / kBlockColumns, first != 0, scratch.sums, kBlockRows);
+                                                       end / kBlockColumns, first != 0, scratch.sums, kBlockRows);
     };
-    if constexpr (kIsFloat<Operand>) {
-      call(std::false_type{});
-    } else {
-      way.grouped ? call(std::true_type{}) : call(std::false_type{});
+    if constexpr (kGrouped) {
+      if (way.grouped) call(std::true_type{});
     }
+    if (!way.grouped) call(std::false_type{});
   }
 }
 
@@ -198,9 +200,8 @@ inline void finish(const QuantizedLinearFwdParams& p, const Way& way, const Prep
 }
 
 template <class Operand>
-inline void run_tasks(const QuantizedLinearFwdParams& p, const char* memory, int64_t begin, int64_t end,
-                      char* task_memory) {
-  const Way way = way_of(p);
+inline void run_tasks(const QuantizedLinearFwdParams& p, const Way& way, const char* memory, int64_t begin,
+                      int64_t end, char* task_memory) {
   const Scratch scratch(p, way, task_memory);
   const QuantizedWeight& weight = p.weight;
   const PreparedRows rows = prepared_rows<Operand>(const_cast<char*>(memory), p.M, weight.K, way.lane_sums);
@@ -217,7 +218,9 @@ inline void run_tasks(const QuantizedLinearFwdParams& p, const char* memory, int
       w_rows[i] = {row_of(weight, n + i), scratch.scales + i * stride, minus_zeros};
     }
     if (way.direct) {
-      direct_block<Operand>(p, way, rows, w_rows, n_count, scratch.sums);
+      if constexpr (!std::is_same_v<Operand, CachedCodes> || !kBytes) {
+        direct_block<Operand>(p, way, rows, w_rows, n_count, scratch.sums);
+      }
     } else {
       product_block<Operand>(p, way, rows, m, m_count, w_rows, n_count, scratch);
     }
@@ -231,7 +234,7 @@ inline void run_tasks(const QuantizedLinearFwdParams& p, const char* memory, int
 
 QuantizedLinearWork quantized_linear_fwd_work(const QuantizedLinearFwdParams& p) {
   const Way way = way_of(p);
-  return with_operand(p, [&](auto operand) {
+  return with_operand(p, way, [&](auto operand) {
     QuantizedLinearWork work;
     work.rows_bytes = prepared_rows<decltype(operand)>(nullptr, p.M, p.weight.K, way.lane_sums).bytes;
     work.tasks = way.n_blocks * way.m_blocks;
@@ -243,7 +246,7 @@ QuantizedLinearWork quantized_linear_fwd_work(const QuantizedLinearFwdParams& p)
 
 void quantized_linear_fwd_prepare(const QuantizedLinearFwdParams& p, char* memory, int64_t begin, int64_t end) {
   const Way way = way_of(p);
-  with_operand(p, [&](auto operand) {
+  with_operand(p, way, [&](auto operand) {
     using Operand = decltype(operand);
     const PreparedRows rows = prepared_rows<Operand>(memory, p.M, p.weight.K, way.lane_sums);
     // Floats are expanded into the cache in natural order, integers as they come.
@@ -264,7 +267,8 @@ void quantized_linear_fwd_prepare(const QuantizedLinearFwdParams& p, char* memor
 
 void quantized_linear_fwd(const QuantizedLinearFwdParams& p, const char* rows, int64_t begin, int64_t end,
                           char* scratch) {
-  with_operand(p, [&](auto operand) { run_tasks<decltype(operand)>(p, rows, begin, end, scratch); });
+  const Way way = way_of(p);
+  with_operand(p, way, [&](auto operand) { run_tasks<decltype(operand)>(p, way, rows, begin, end, scratch); });
 }
 
 }  // namespace llmkernels::cpu::CPU_CAPABILITY
