@@ -1,7 +1,7 @@
 // dx = dy @ weight: a strip of columns of the weight at a time, for some hundreds of rows of dy.
 //
-// Rows of the weight are expanded into the cache, some after the others, scaled and in the order of their columns, which
-// is the order that common/cpu/product.h multiplies: dy element by element, the weight vector by vector.
+// Rows of the weight are expanded into the cache, some after the others, scaled and in the order of their columns, as
+// common/cpu/product.h multiplies them: dy element by element, the weight vector by vector.
 #include "ops/quantized_linear/quantized_linear_cpu_weight.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
@@ -30,7 +30,7 @@ struct Scratch {
   float* sums;       // [rows of dy][kStride]
   Word* expanded;    // [words of kPartRows][kStride]
   float* rows;       // [2][kStrip]: two rows of the weight
-  float* ones;       // [kTileRows]: what sums are multiplied by before more is added
+  float* part;       // [kTileRows][kStride]: of a tile of rows and of a part of the weight
   float* scales;     // of the groups of a row
   int32_t* minus_zeros;
   int64_t bytes;
@@ -42,10 +42,10 @@ struct Scratch {
       at += round_up(words * 4, 64);
       return here;
     };
-    sums = reinterpret_cast<float*>(take(round_up(p.M < kTaskRows ? p.M : kTaskRows, 32) * kStride));
+    sums = reinterpret_cast<float*>(take((p.M < kTaskRows ? p.M : kTaskRows) * kStride));
     expanded = reinterpret_cast<Word*>(take(kPartRows * kStride));
     rows = reinterpret_cast<float*>(take(2 * kStrip));
-    ones = reinterpret_cast<float*>(take(64));
+    part = reinterpret_cast<float*>(take(32 * kStride));
     scales = reinterpret_cast<float*>(take(groups_stride(p.weight)));
     minus_zeros = reinterpret_cast<int32_t*>(take(groups_stride(p.weight)));
     bytes = at;
@@ -97,30 +97,35 @@ inline void expand_words(const QuantizedWeight& weight, int64_t begin, int64_t s
 }
 
 template <class Operand>
-inline void run_tasks(const QuantizedLinearBwdParams& p, const char* memory, int64_t begin, int64_t end, char* task_memory) {
+inline void run_tasks(const QuantizedLinearBwdParams& p, const char* memory, int64_t begin, int64_t end,
+                      char* task_memory) {
   using C = WordsOf<Operand>;
   const QuantizedWeight& weight = p.weight;
   const Scratch scratch(p, task_memory);
   const PreparedRows rows = prepared_rows<Operand>(const_cast<char*>(memory), p.M, weight.N, false);
   const int64_t strips = div_up(weight.K, kStrip), row_words = rows.stride / static_cast<int64_t>(sizeof(Word));
-  for (int i = 0; i < kTileRows<C>; ++i) scratch.ones[i] = 1.0f;
   const ProductScope<C> scope;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t first = task % strips * kStrip, m = task / strips * kTaskRows;
     const int64_t last = first + kStrip < weight.K ? first + kStrip : weight.K;
     const int64_t columns = round_up(last - first, kBlockColumns);
     const int64_t m_count = p.M - m < kTaskRows ? p.M - m : kTaskRows;
-    if (weight.N == 0) __builtin_memset(scratch.sums, 0, static_cast<uint64_t>(m_count * Scratch::kStride) * 4);
+    __builtin_memset(scratch.sums, 0, static_cast<uint64_t>(m_count * Scratch::kStride) * sizeof(float));
     for (int64_t n = 0; n < weight.N; n += kPartRows) {
       const int64_t stop = n + kPartRows < weight.N ? n + kPartRows : weight.N;
       expand_words<Operand>(weight, n, stop, first, first + columns, scratch);
       for (int64_t r = 0; r < m_count; r += kTileRows<C>) {
         const int count = static_cast<int>(m_count - r < kTileRows<C> ? m_count - r : kTileRows<C>);
         const Word* const dy = reinterpret_cast<const Word*>(rows.row<Operand>(m + r)) + n / kPerWord<C>;
-        float* const sums = scratch.sums + r * Scratch::kStride;
-        product_rows<C>({dy, row_words, 1, scratch.expanded, Scratch::kStride, div_up(stop - n, kPerWord<C>), sums,
-                         Scratch::kStride, n == 0 ? nullptr : scratch.ones},
+        product_rows<C>({dy, row_words, 1, scratch.expanded, Scratch::kStride, div_up(stop - n, kPerWord<C>),
+                         scratch.part, Scratch::kStride, nullptr},
                         count, columns);
+        // Each part is summed by itself: thousands of rows one after the other would lose digits.
+        for (int64_t i = 0; i < count; ++i) {
+          float* const sums = scratch.sums + (r + i) * Scratch::kStride;
+          const float* const part = scratch.part + i * Scratch::kStride;
+          for (int64_t k = 0; k < columns; k += kWords) store(sums + k, load(sums + k) + load(part + k));
+        }
       }
     }
     with_narrow_type(p.dtype, [&](auto type) {

@@ -178,11 +178,14 @@ __attribute__((noinline)) void direct_tile(const QuantizedWeight& weight, const 
     for (int r = 0; r < kRows; ++r) {
       const auto* at = x[r] + block * kBlockColumns;
       if constexpr (kGrouped) {
-        Sum sum{};
-        if constexpr (kStart) sum = start_of<Operand>(minus_zeros, rows.lane_sums(m + r) + block * kWords);
+        Sum parts[2] = {};
+        if constexpr (kStart) parts[0] = start_of<Operand>(minus_zeros, rows.lane_sums(m + r) + block * kWords);
 #pragma GCC unroll 8
-        for (int j = 0; j < kPlanes; ++j) sum = Operand::dot(sum, w[j], load_bits(at + j * kElements));
-        totals[0][i][r] += as_float(sum) * scale;
+        for (int j = 0; j < kPlanes; ++j) {
+          Sum& part = parts[kPlanes > 4 ? j % 2 : 0];
+          part = Operand::dot(part, w[j], load_bits(at + j * kElements));
+        }
+        totals[0][i][r] += as_float(kPlanes > 4 ? parts[0] + parts[1] : parts[0]) * scale;
       } else {
 #pragma GCC unroll 8
         for (int j = 0; j < kPlanes; ++j) {
