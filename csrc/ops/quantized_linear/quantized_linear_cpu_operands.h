@@ -1,9 +1,9 @@
 // What products with a quantized weight are made of: operands and their dot product, and the rows of x as operands. As
 // vec.h: raw vectors in the anonymous namespace of the instruction set.
 //
-// A dot product goes along the rows of x and of the weight, which are both contiguous there, a block of kBlockColumns at a
-// time. Each lane of 32 bits has eight columns of a block: the eight codes of four bits in one word. A block of operands
-// is kPlanes vectors, in one of two orders of its columns:
+// A dot product goes along the rows of x and of the weight, which are both contiguous there, a block of kBlockColumns
+// at a time. Each lane of 32 bits has eight columns of a block: the eight codes of four bits in one word. A block of
+// operands is kPlanes vectors, in one of two orders of its columns:
 //
 //   natural    column by column
 //   planes     element i of plane j is column kPlanes * i + j: what a shift of the words of codes by kPlanes bits gives
@@ -87,8 +87,8 @@ struct ByteOperand {
   }
   static int8_t element(float value) { return static_cast<int8_t>(value); }
 };
-// The other way round, for codes of four bits that are expanded into the cache: what the offset of x adds is the same for
-// all its rows, -`surplus` of a vector.
+// The other way round, for codes of four bits that are expanded into the cache: what the offset of x adds, the `surplus`
+// of a vector, is the same for all its rows.
 struct SignedByteOperand {
   using Element = int8_t;
   using Sum = Int32Vector;

@@ -1,8 +1,8 @@
 // y = x @ weight^T + bias: a block of rows of the weight at a time, for all rows of x or some hundreds of them.
 //
-// Few rows of x: the weight is expanded in registers (quantized_linear_cpu_direct.h). Many: into the cache, a part of its
-// columns after the other, and multiplied from there (quantized_linear_cpu_product.h). Sums are of floats or integers; the
-// scale of a row, zero points that bytes leave to the end, the scale of a row of x and the bias come last.
+// Few rows of x: the weight is expanded in registers (quantized_linear_cpu_direct.h). Many: into the cache, a part of
+// its columns after the other, and multiplied from there (quantized_linear_cpu_product.h). Sums are of floats or
+// integers; the scale of a row, zero points that bytes leave to the end, the scale of a row of x and the bias come last.
 #include "ops/quantized_linear/quantized_linear_cpu_product.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
@@ -205,7 +205,8 @@ inline void run_tasks(const QuantizedLinearFwdParams& p, const Way& way, const c
   const Scratch scratch(p, way, task_memory);
   const QuantizedWeight& weight = p.weight;
   const PreparedRows rows = prepared_rows<Operand>(const_cast<char*>(memory), p.M, weight.K, way.lane_sums);
-  const bool zeros = weight.format == WeightFormat::kInt4;
+  const bool middle = way.direct && kIsFloat<Operand> && weight.zeros == nullptr;  // which is among the levels
+  const bool zeros = weight.format == WeightFormat::kInt4 && !middle;
   const int64_t stride = groups_stride(weight);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task % way.n_blocks * kBlockRows, m = task / way.n_blocks * kTaskRows;
