@@ -3,15 +3,19 @@
 import ctypes
 import functools
 import mmap
+import re
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 
+import llmkernels
 from llmkernels import _native, functional
 from llmkernels.ops.quantized_linear import cases, reference
 from llmkernels.ops.quantized_linear.cases import VARIANTS, QuantizedLinearCase
-from llmkernels.quantization import _groups, int4
+from llmkernels.quantization import _groups, int4, int8
 from llmkernels.quantization.tensor import quantize_tensor
 from llmkernels.testing.battery import evaluate, failures, judge
 from llmkernels.testing.inputs import short_name
@@ -49,6 +53,17 @@ def test_integers_are_those_of_the_definition(M, K, isa):
     (y,) = cases.call(case, inputs, "cpu")
     parts = (inputs.weight.data, inputs.weight.scales, None, None)
     assert torch.equal(y, reference.linear_fwd(inputs.x, *parts, inputs.bias, "int8", 0, "int8"))
+
+
+def test_the_quantized_lstm_has_the_same_products(isa):
+    weight = quantize_tensor(torch.randn(40, 130), "int8")
+    for dtype in (torch.float64, *DTYPES):
+        for bias in (None, torch.randn(40).to(dtype)):
+            x = torch.randn(7, 130).to(dtype)
+            native = int8.linear(x, weight, bias)
+            with llmkernels.use_backend("torch"):
+                assert torch.equal(int8.linear(x, weight, bias, integers=weight.data.float()), native)
+            assert native.dtype == torch.float32
 
 
 def test_bytes_of_any_value(isa):
@@ -157,6 +172,23 @@ def test_nothing_behind_the_tensors_is_read(variant, isa):
             )  # fmt: skip
             plain, protected = evaluate(cases, case, inputs, "cpu"), evaluate(cases, case, own, "cpu")
             assert all(torch.equal(plain[name], protected[name]) for name in plain), case
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump: not installed")
+def test_instructions_are_those_of_the_variant():
+    """Products of bytes and of bf16 are where the processor was asked for them, and nowhere else."""
+    if "AVX512_VNNI" not in _native.module("cpu").build_info()["isas"].split(","):
+        pytest.skip("cpu: built for another processor")
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", _native.module("cpu").__file__]
+    found, function = {"vpdpbusd": set(), "vdpbf16ps": set()}, ""
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        if line.endswith(">:"):
+            function = line.split(" ", 1)[1]
+        for instruction, where in found.items():
+            if f"\t{instruction}" in line:
+                where.update(re.findall(r"llmkernels::cpu::([A-Z0-9_]+)::", function)[:1])
+    assert {"AVX512_VNNI", "AVX512_BF16"} <= found["vpdpbusd"] <= {"AVX512_VNNI", "AVX512_BF16", "AMX", "AMX_EMULATED"}
+    assert {"AVX512_BF16"} <= found["vdpbf16ps"] <= {"AVX512_BF16", "AMX", "AMX_EMULATED"}
 
 
 def test_raw_op_refuses_groups_that_kernels_do_not_have():

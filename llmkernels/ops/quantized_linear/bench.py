@@ -18,8 +18,11 @@ FORWARD_PEER_TOLERANCE = 0.15
 
 
 def bench_cases(op: str, full: bool) -> list[QuantizedLinearCase]:
-    """The goals' formats and rows of x. Without `full` not all of them in fp32, and 1024 rows only where a goal is about
-    them: that their answer is checked in fp64 takes longer than the timing. With it every format, and the wide layer."""
+    """The goals' formats and rows of x; with `full` every format, and the wide layer.
+
+    Without it not all rows in fp32, and 1024 only where a goal is about them: to check that answer in fp64 takes longer
+    than to time it.
+    """
     found = []
     for variant in cases.VARIANTS if full else GOALS:
         many = full or variant in ("int8", "w8a8")
