@@ -109,7 +109,7 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
 def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, *, integers: Tensor | None = None) -> Tensor:
     """x `[M, K]` times the transposed weight, plus bias `[N]`, with int8 activations: fp32 `[M, N]`.
 
-    `integers` is `weight.data.float()`, for callers who need it often. The native kernel, where it runs, gives the same.
+    `integers` is `weight.data.float()`, for callers who need it often. The native kernel gives the same bits.
     """
     parts = (weight.data, weight.scales, None, None, None if bias is None else bias.float())
     chosen = registry.pick("quantized_linear", (x, *parts, "int8", 0, "int8")) if x.is_cpu else None

@@ -84,7 +84,7 @@ def forward_peers(case: QuantizedLinearCase, device: str) -> dict:
     if case.variant == "w8a8":
         found["torch int_mm"] = _int_mm
     bits = {"int8": 8, "w8a8": 8, "int4_128": 4, "w4a8": 4}.get(case.variant)
-    if bits is not None and onnx_peer.AVAILABLE and case.dtype == torch.float32:
+    if bits is not None and onnx_peer.AVAILABLE and case.dtype == torch.float32 and case.K % 128 == 0:
         found["ONNX Runtime"] = _onnx(case, bits, rounded=case.variant.startswith("w"))
     return found
 
