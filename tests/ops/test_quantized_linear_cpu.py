@@ -136,6 +136,41 @@ def test_rows_do_not_depend_on_each_other():
         assert torch.equal(again, y[order]), variant
 
 
+def forced(isa, function):
+    module = _native.module("cpu")
+    if isa not in module.available_isas():
+        pytest.skip(f"cpu: {isa} does not run on this machine")
+    before = module.isa()
+    try:
+        module.force_isa(isa)
+        return function()
+    finally:
+        module.force_isa(before)
+
+
+@pytest.mark.parametrize(
+    "sizes", ((9, 1, 1), (15, 17, 33), (16, 64, 2050), (17, 65, 127), (33, 129, 128), (70, 31, 513))
+)
+@pytest.mark.parametrize("variant", ("int8", "int4", "nf4_double", "fp8_block", "fp8_dynamic"))
+def test_emulated_tiles(variant, sizes, poison):
+    """Sizes about those of tiles; bitwise the same on any number of threads."""
+    case = QuantizedLinearCase(variant, *sizes, torch.bfloat16)
+    inputs = cases.make_inputs(case)
+    assert forced("amx_emulated", lambda: failures(judge(cases, case, "cpu"))) == []
+    run = functools.partial(evaluate, cases, case, inputs, "cpu")
+    forced("amx_emulated", lambda: assert_same_with_any_threads(run))
+
+
+def test_emulated_tiles_are_used():
+    """The order of sums is that of the instructions, so results differ from those of vectors in some last digit."""
+    case = QuantizedLinearCase("fp8_dynamic", 40, 130, 700)  # sums are not rounded to bf16
+    inputs = cases.make_inputs(case)
+    (tiles,), (vectors,) = (
+        forced(isa, lambda: cases.call(case, inputs, "cpu")) for isa in ("amx_emulated", "avx512_bf16")
+    )
+    assert not torch.equal(tiles, vectors)
+
+
 class Guarded:
     """Memory whose last byte is followed by a page that must not be read."""
 

@@ -20,9 +20,6 @@ inline auto with_operand(const QuantizedLinearBwdParams& p, F&& f) {
   return f(FloatOperand{});
 }
 
-template <class Operand>
-using WordsOf = std::conditional_t<std::is_same_v<Operand, FloatOperand>, float, BFloat16>;
-
 // The memory of a task.
 struct Scratch {
   static constexpr int64_t kStride = kStrip + 16;  // of a row of words or sums: not a multiple of 4096 bytes
@@ -82,7 +79,8 @@ inline void expand_words(const QuantizedWeight& weight, int64_t begin, int64_t s
       low[i] = static_cast<uint16_t>(i / 2 + i % 2 * 2 * kWords);
       high[i] = static_cast<uint16_t>(kWords + i / 2 + i % 2 * 2 * kWords);
     }
-    for (int64_t n = begin; n < stop; n += 2, to += Scratch::kStride) {
+    // Behind the last row zeros, for whole tiles.
+    for (int64_t n = begin; n < begin + 2 * words_of<BFloat16>(stop - begin); n += 2, to += Scratch::kStride) {
       expand_row<Operand>(weight, n, first, end, scratch, even);
       expand_row<Operand>(weight, n + 1, first, end, scratch, odd);
       for (int64_t k = 0; k < end - first; k += 2 * kWords) {
@@ -99,7 +97,7 @@ inline void expand_words(const QuantizedWeight& weight, int64_t begin, int64_t s
 template <class Operand>
 inline void run_tasks(const QuantizedLinearBwdParams& p, const char* memory, int64_t begin, int64_t end,
                       char* task_memory) {
-  using C = WordsOf<Operand>;
+  using C = ProductElement<Operand>;
   const QuantizedWeight& weight = p.weight;
   const Scratch scratch(p, task_memory);
   const PreparedRows rows = prepared_rows<Operand>(const_cast<char*>(memory), p.M, weight.N, false);
@@ -117,7 +115,7 @@ inline void run_tasks(const QuantizedLinearBwdParams& p, const char* memory, int
       for (int64_t r = 0; r < m_count; r += kTileRows<C>) {
         const int count = static_cast<int>(m_count - r < kTileRows<C> ? m_count - r : kTileRows<C>);
         const Word* const dy = reinterpret_cast<const Word*>(rows.row<Operand>(m + r)) + n / kPerWord<C>;
-        product_rows<C>({dy, row_words, 1, scratch.expanded, Scratch::kStride, div_up(stop - n, kPerWord<C>),
+        product_rows<C>({dy, row_words, 1, scratch.expanded, Scratch::kStride, words_of<C>(stop - n),
                          scratch.part, Scratch::kStride, nullptr},
                         count, columns);
         // Each part is summed by itself: thousands of rows one after the other would lose digits.

@@ -16,7 +16,7 @@ struct QuantizedLinearWork {
 };
 
 // `prepare` fills the rows [begin, end) of `rows`; when all are there, the others run the tasks [begin, end).
-LLMKERNELS_CPU_DECLARE_VNNI(
+LLMKERNELS_CPU_DECLARE_VNNI_AMX(
     QuantizedLinearWork quantized_linear_fwd_work(const QuantizedLinearFwdParams& params);
     void quantized_linear_fwd_prepare(const QuantizedLinearFwdParams& params, char* rows, int64_t begin, int64_t end);
     void quantized_linear_fwd(const QuantizedLinearFwdParams& params, const char* rows, int64_t begin, int64_t end,

@@ -142,6 +142,10 @@ inline V sum_four(const V (&in)[4]) {
 
 // --- the rows of x ---
 
+// What product.h calls these operands; integers are none of its.
+template <class Operand>
+using ProductElement = std::conditional_t<sizeof(typename Operand::Element) == 2 && kIsFloat<Operand>, BFloat16, float>;
+
 // Where the operands and the sums of a row are in the memory that `prepare` fills.
 struct PreparedRows {
   float* scales;        // [M], of rounded activations
@@ -171,7 +175,8 @@ inline PreparedRows prepared_rows(char* memory, int64_t rows, int64_t columns, b
   p.block_sums = blocks * kBlockColumns * static_cast<int64_t>(sizeof(typename Operand::Element));
   // One line more: rows that are a multiple of 4096 bytes apart would share the lines of the nearest cache.
   p.stride = p.block_sums + (lane_sums ? blocks * kVectorBytes : 0) + 64;
-  p.bytes = head + rows * p.stride;
+  // Tiles of AMX read whole, beyond the last row.
+  p.bytes = head + round_up(rows, kTileRows<ProductElement<Operand>>) * p.stride;
   return p;
 }
 

@@ -251,6 +251,13 @@ inline void store_values(uint16_t* to, FloatVector a, FloatVector b) {
 }
 #endif
 
+// Asks for the bytes of a block, some rows further down: those are the next ones, and a processor does not see it.
+inline void fetch_ahead(const QuantizedWeight& weight, const uint8_t* from) {
+  constexpr int64_t kRows = 8;
+  const char* const ahead = reinterpret_cast<const char*>(from) + kRows * row_bytes(weight);
+  for (int64_t line = 0; line < bytes_of(weight, kBlockColumns); line += 64) __builtin_prefetch(ahead + line);
+}
+
 // Scales, zero points and where to read them from: one row of a weight.
 struct WeightRow {
   const uint8_t* bytes;
@@ -267,6 +274,7 @@ inline void expand(const QuantizedWeight& weight, const WeightRow& row, bool sca
   const Levels levels(weight.format);
   for (int64_t k = first; k < end; k += kBlockColumns) {
     const uint8_t* from = row.bytes + bytes_of(weight, k);
+    fetch_ahead(weight, from);
     uint8_t rest[kBlockColumns] = {};
     if (weight.K - k < kBlockColumns) {
       const int64_t left = row_bytes(weight) - bytes_of(weight, k);

@@ -53,6 +53,7 @@ struct Scratch {
   int32_t* minus_zeros;  // the same
   char* expanded;        // [kBlockRows], `expanded_stride` bytes apart
   int64_t expanded_stride;
+  Word* turned;          // [kPartBytes / 4][kBlockRows], for AMX
   int64_t bytes;
 
   Scratch(const QuantizedLinearFwdParams& p, const Way& way, char* memory) {
@@ -64,11 +65,12 @@ struct Scratch {
       at += round_up(size, 64);
       return here;
     };
-    sums = reinterpret_cast<float*>(take(m_count * kBlockRows * 4));
+    sums = reinterpret_cast<float*>(take(round_up(m_count, kTileRows<BFloat16>) * kBlockRows * 4));
     scales = reinterpret_cast<float*>(take(groups));
     minus_zeros = reinterpret_cast<int32_t*>(take(groups));
     expanded_stride = kPartBytes + 64;
     expanded = take(way.direct ? 0 : kBlockRows * expanded_stride);
+    turned = reinterpret_cast<Word*>(take(kOnAmx<BFloat16> && !way.direct ? kPartBytes * kBlockRows : 0));
     bytes = at;
   }
 };
@@ -110,6 +112,7 @@ inline void expand_integers(const QuantizedWeight& weight, const WeightRow& row,
   const bool codes = four_bits(weight.format);
   for (int64_t k = first; k < end; k += kBlockColumns, to += kBlockColumns) {
     const uint8_t* from = row.bytes + bytes_of(weight, k);
+    fetch_ahead(weight, from);
     uint8_t rest[kBlockColumns] = {};
     if (weight.K - k < kBlockColumns) {
       __builtin_memcpy(rest, from, static_cast<uint64_t>(row_bytes(weight) - bytes_of(weight, k)));
@@ -145,6 +148,13 @@ inline void product_block(const QuantizedLinearFwdParams& p, const Way& way, con
         expand_integers<Operand>(weight, w_rows[n], first, end, expanded + n * stride);
       }
     }
+#if defined(CPU_CAPABILITY_AMX)
+    if constexpr (std::is_same_v<Operand, PairOperand>) {
+      tiled_rows(rows, m, m_count, w, n_count, first / kBlockColumns, end / kBlockColumns, first != 0, scratch.sums,
+                 kBlockRows, scratch.turned);
+      continue;
+    }
+#endif
     constexpr bool kGrouped = !kIsFloat<Operand>;
     const auto call = [&](auto grouped) {
       expanded_rows<Operand, decltype(grouped)::value>(rows, m, m_count, w, n_count, lanes, first / kBlockColumns,
@@ -157,46 +167,36 @@ inline void product_block(const QuantizedLinearFwdParams& p, const Way& way, con
   }
 }
 
-// What integers without a sign have too much, times the sum of a row of x.
-template <class Operand>
-inline Int32Vector offsets_of(const QuantizedLinearFwdParams& p, const Way& way, const WeightRow* w_rows,
-                              int64_t n_count) {
-  Int32Vector offsets{};
-  if (kIsFloat<Operand> || !kBytes || way.grouped) return offsets;
-  for (int i = 0; i < kWords && i < n_count; ++i) {
-    offsets[i] = p.weight.format == WeightFormat::kInt8 ? 128 : -w_rows[i].minus_zeros[0];
-  }
-  return offsets;
-}
-
-// Sums of a block to y.
+// Sums of a block to y, a row of x after the other.
 template <class Operand, class T>
 inline void finish(const QuantizedLinearFwdParams& p, const Way& way, const PreparedRows& rows, int64_t m,
                    int64_t m_count, int64_t n, int64_t n_count, const WeightRow* w_rows, const float* sums) {
   const bool row_scaled = p.weight.group_size == 0, rounded_x = p.activations != Activations::kPlain;
-  const T* bias = static_cast<const T*>(p.bias);
-  for_each_vector<float>(0, n_count, [&](int64_t j, auto part) {
-    FloatVector scales = splat(1.0f);
-    for (int i = 0; row_scaled && i < kWords && j + i < n_count; ++i) scales[i] = w_rows[j + i].scales[0];
-    const Int32Vector offsets = offsets_of<Operand>(p, way, w_rows + j, n_count - j);
-    const FloatVector shift = bias != nullptr ? part.load(bias + n + j) : FloatVector{};
-    for (int64_t r = 0; r < m_count; ++r) {
-      const float* from = sums + r * kBlockRows + j;
-      FloatVector value;
-      if (kIsFloat<Operand> || way.grouped) {
-        value = load(from);
-      } else {
-        value = as_float(bit_cast<Int32Vector>(load_bits(from)) - offsets * rows.sums[m + r]);
+  const bool integers = !kIsFloat<Operand> && !way.grouped;
+  const T* const bias = static_cast<const T*>(p.bias);
+  float scales[kBlockRows] = {}, shifts[kBlockRows] = {};
+  int32_t offsets[kBlockRows] = {};  // what bytes without a sign have too much, times the sum of a row of x
+  for (int64_t j = 0; j < n_count; ++j) {
+    scales[j] = row_scaled ? w_rows[j].scales[0] : 1.0f;
+    if (integers && kBytes) offsets[j] = p.weight.format == WeightFormat::kInt8 ? 128 : -w_rows[j].minus_zeros[0];
+  }
+  if (bias != nullptr) {
+    for_each_vector<float>(0, n_count, [&](int64_t j, auto part) { part.store(shifts + j, part.load(bias + n + j)); });
+  }
+  for (int64_t r = 0; r < m_count; ++r) {
+    T* const to = static_cast<T*>(p.y) + (m + r) * p.weight.N + n;
+    const float x_scale = rounded_x ? rows.scales[m + r] : 1.0f;
+    const int32_t x_sum = integers ? rows.sums[m + r] : 0;
+    for_each_vector<float>(0, n_count, [&](int64_t j, auto part) {
+      const float* const from = sums + r * kBlockRows + j;
+      FloatVector value = load(from);
+      if (integers) {
+        value = as_float(bit_cast<Int32Vector>(value) - bit_cast<Int32Vector>(load_bits(offsets + j)) * x_sum);
       }
-      if (rounded_x) {
-        value *= rounded(scales * rows.scales[m + r]);
-      } else if (row_scaled) {
-        value *= scales;
-      }
-      value = rounded(value);
-      part.store(static_cast<T*>(p.y) + (m + r) * p.weight.N + n + j, bias != nullptr ? value + shift : value);
-    }
-  });
+      value = rounded(value * rounded(load(scales + j) * x_scale));
+      part.store(to + j, bias != nullptr ? value + load(shifts + j) : value);
+    });
+  }
 }
 
 template <class Operand>
