@@ -7,8 +7,8 @@
 namespace llmkernels::cpu {
 
 // kAvx512Vnni is kAvx512 with products of bytes where a kernel is written for them, and kAmx is kAvx512Bf16 with the
-// tiles of AMX; kAmxEmulated does in plain C++ what their instructions do: for tests, on machines without them, in builds
-// with LLMKERNELS_BUILD_TESTS=1.
+// tiles of AMX; kAmxEmulated does in plain C++ what their instructions do: for tests, on machines without them, in
+// builds with LLMKERNELS_BUILD_TESTS=1.
 enum class Isa : int {
   kDefault = 0,
   kAvx2 = 1,

@@ -87,7 +87,7 @@ struct ByteOperand {
   }
   static int8_t element(float value) { return static_cast<int8_t>(value); }
 };
-// The other way round, for codes of four bits that are expanded into the cache: what the offset of x adds, the `surplus`
+// The other way round, for codes of four bits that are expanded into the cache: what the offset of x adds, `surplus`
 // of a vector, is the same for all its rows.
 struct SignedByteOperand {
   using Element = int8_t;
@@ -113,8 +113,8 @@ constexpr int kPlaneElements = kVectorBytes / static_cast<int>(sizeof(typename O
 
 // --- sums of lanes: four vectors at once, in the same order for each, which no place in a tile changes ---
 
-// The elements of a and b by turns, kWide at a time, within each quarter of four lanes: those of its lower half and those
-// of its upper half, added.
+// The elements of a and b by turns, kWide at a time, within each quarter of four lanes: those of its lower half and
+// those of its upper half, added.
 template <int kWide, class V>
 inline V add_halves(V a, V b) {
   Int32Vector low, high;

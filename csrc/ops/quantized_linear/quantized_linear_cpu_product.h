@@ -93,7 +93,8 @@ __attribute__((noinline)) void expanded_tile(const PreparedRows& rows, int64_t m
 // The same on AMX's tiles: rows of x as they are, and the weight with the words of a column behind each other. `turned`
 // has memory for that.
 inline void tiled_rows(const PreparedRows& rows, int64_t m, int64_t m_count, const Expanded<PairOperand>& w,
-                       int64_t n_count, int64_t first, int64_t end, bool add, float* sums, int64_t stride, Word* turned) {
+                       int64_t n_count, int64_t first, int64_t end, bool add, float* sums, int64_t stride,
+                       Word* turned) {
   const int64_t words = (end - first) * kBlockColumns / 2;
   const int64_t columns = round_up(n_count, kWords);
   for (int64_t n = 0; n < columns; n += kWords) {

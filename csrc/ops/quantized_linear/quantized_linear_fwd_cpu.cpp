@@ -2,7 +2,7 @@
 //
 // Few rows of x: the weight is expanded in registers (quantized_linear_cpu_direct.h). Many: into the cache, a part of
 // its columns after the other, and multiplied from there (quantized_linear_cpu_product.h). Sums are of floats or
-// integers; the scale of a row, zero points that bytes leave to the end, the scale of a row of x and the bias come last.
+// integers; the scale of a row, zero points that bytes leave to the end, the scale of a row of x and the bias are last.
 #include "ops/quantized_linear/quantized_linear_cpu_product.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
