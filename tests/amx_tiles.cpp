@@ -11,7 +11,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "ops/attention/attention_cpu_product.h"
+#include "common/cpu/product.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {

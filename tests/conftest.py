@@ -30,7 +30,7 @@ from llmkernels import _native, _op, registry
 from tests.ptxsim import backend as simulated
 
 simulated.register()
-ISAS = ("default", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")  # of the cpu backend
+ISAS = ("default", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx", "amx_emulated")  # of the cpu backend
 # What tests of an op run on. A simulated Triton kernel costs a compilation, so those have tests of their own.
 TESTED = (*registry.BACKENDS, *simulated.CUDA)
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(_native.why_absent("cpu") is not None, reason=f"
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 FLAGS = (  # as in CMakeLists.txt
     *("-std=c++20", "-O2", "-Wall", "-Werror", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-ffp-contract=fast"),
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mavx512bf16"),
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mavx512vnni", "-mavx512bf16"),
     *("-DCPU_CAPABILITY_AVX512", "-DCPU_CAPABILITY_AVX512_BF16", "-DCPU_CAPABILITY_AMX", f"-I{ROOT / 'csrc'}"),
 )
 EMULATED = ("-DCPU_CAPABILITY=AMX_EMULATED", "-DCPU_CAPABILITY_AMX_EMULATED", "-fsanitize=address,undefined")

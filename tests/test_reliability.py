@@ -53,7 +53,7 @@ def test_unknown_instruction_set_is_a_clear_error():
         LLMKERNELS_ISA="sse9",
     )
     assert "LLMKERNELS_ISA: unknown instruction set 'sse9', expected one of " in out
-    assert "default, avx2, avx512, avx512_bf16, amx, amx_emulated\n" in out
+    assert "default, avx2, avx512, avx512_vnni, avx512_bf16, amx, amx_emulated\n" in out
     with pytest.raises(ValueError, match="force_isa: unknown instruction set"):
         _native.module("cpu").force_isa("sse9")
 

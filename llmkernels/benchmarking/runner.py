@@ -95,7 +95,8 @@ def measure(cases, bench, case, mode: str, device: str, *, seconds: float, compi
     functions = {name: function for name, function in found.items() if name not in wrong}
     if mode != "fwd+bwd":
         inputs = cases.make_inputs(case, device, seed=1)
-        functions |= _right(cases, case, inputs, bench.forward_peers(case, device), wrong)
+        tolerance = getattr(bench, "FORWARD_PEER_TOLERANCE", 1e-4)
+        functions |= _right(cases, case, inputs, bench.forward_peers(case, device), wrong, tolerance)
     size = cases.bytes_moved(case, "fwd" if mode == "call" else mode)
     sets = _input_sets(cases, case, device, size if cold else 0)
     timed = {name: _timed(mode, function, sets) for name, function in functions.items()}
@@ -152,14 +153,14 @@ def _wrong(cases, case, inputs, functions: dict) -> dict[str, str]:
     return wrong
 
 
-def _right(cases, case, inputs, functions: dict, wrong: dict[str, str]) -> dict:
+def _right(cases, case, inputs, functions: dict, wrong: dict[str, str], tolerance: float) -> dict:
     """Those of `functions`, which have no backward, that agree with plain PyTorch; a sentence for each other one."""
     right = {}
     with torch.no_grad():
         expected = cases.call_torch(case, inputs)
         for name, function in functions.items():
             try:
-                torch.testing.assert_close(function(inputs), expected, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(function(inputs), expected, rtol=tolerance, atol=tolerance)
                 right[name] = function
             except AssertionError as error:
                 wrong[name] = str(error).splitlines()[0]

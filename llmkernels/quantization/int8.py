@@ -23,6 +23,7 @@ A row of x with a NaN or an infinity gives a row of NaN.
 import torch
 from torch import Tensor
 
+from llmkernels import registry
 from llmkernels.quantization import _checks, _rows
 from llmkernels.quantization.tensor import QuantizedTensor
 
@@ -116,8 +117,12 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
 def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, *, integers: Tensor | None = None) -> Tensor:
     """x `[M, K]` times the transposed weight, plus bias `[N]`, with int8 activations: fp32 `[M, N]`.
 
-    `integers` is `weight.data.float()`, for callers who need it often.
+    `integers` is `weight.data.float()`, for callers who need it often. The native kernel gives the same bits.
     """
+    parts = (weight.data, weight.scales, None, None, None if bias is None else bias.float())
+    chosen = registry.pick("quantized_linear", (x, *parts, "int8", 0, "int8")) if x.is_cpu else None
+    if chosen is not None and chosen.name == "cpu":
+        return chosen.fwd(x.float(), *parts, "int8", 0, "int8")
     values, scales = quantize_rows(x)
     y = integer_product(values, weight.data if integers is None else integers).float() * (scales * weight.scales)
     return y if bias is None else y + bias.float()

@@ -15,3 +15,8 @@
   LLMKERNELS_CPU_DECLARE(__VA_ARGS__)   \
   namespace AMX { __VA_ARGS__ }         \
   namespace AMX_EMULATED { __VA_ARGS__ }
+
+// The same for one that multiplies bytes by VNNI too; others have no copy there and are found in AVX512.
+#define LLMKERNELS_CPU_DECLARE_VNNI_AMX(...) \
+  LLMKERNELS_CPU_DECLARE_AMX(__VA_ARGS__)     \
+  namespace AVX512_VNNI { __VA_ARGS__ }

@@ -14,7 +14,8 @@
 namespace llmkernels::cpu {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"default", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"};
+constexpr const char* kNames[kIsaCount] = {"default",     "avx2", "avx512",      "avx512_vnni",
+                                           "avx512_bf16", "amx",  "amx_emulated"};
 
 #if defined(LLMKERNELS_HAS_AMX)
 // The system keeps the tiles of a process only if that asked; threads and forks of it have the permission too.
@@ -46,8 +47,10 @@ bool runs_here(Isa isa) {
     case Isa::kAvx512:
       return runs_here(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    case Isa::kAvx512Vnni:
+      return runs_here(Isa::kAvx512) && __builtin_cpu_supports("avx512vnni");
     case Isa::kAvx512Bf16:
-      return runs_here(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+      return runs_here(Isa::kAvx512Vnni) && __builtin_cpu_supports("avx512bf16");
     case Isa::kAmx:
       return runs_here(Isa::kAvx512Bf16) && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
              tiles_permitted();
@@ -83,6 +86,7 @@ Isa choose() {
   const std::string torch = at::get_cpu_capability();
   if (torch == "AVX512" && runs_here(Isa::kAmx)) return Isa::kAmx;
   if (torch == "AVX512" && runs_here(Isa::kAvx512Bf16)) return Isa::kAvx512Bf16;
+  if (torch == "AVX512" && runs_here(Isa::kAvx512Vnni)) return Isa::kAvx512Vnni;
   if (torch == "AVX512" && runs_here(Isa::kAvx512)) return Isa::kAvx512;
   if (torch != "DEFAULT" && runs_here(Isa::kAvx2)) return Isa::kAvx2;
   return Isa::kDefault;

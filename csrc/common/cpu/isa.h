@@ -6,10 +6,19 @@
 
 namespace llmkernels::cpu {
 
-// kAmx is kAvx512Bf16 with the tiles of AMX where a kernel is written for them; kAmxEmulated does in plain C++ what
-// their instructions do: for tests, on machines without them, in builds with LLMKERNELS_BUILD_TESTS=1.
-enum class Isa : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kAmxEmulated = 5 };
-constexpr int kIsaCount = 6;
+// kAvx512Vnni is kAvx512 with products of bytes where a kernel is written for them, and kAmx is kAvx512Bf16 with the
+// tiles of AMX; kAmxEmulated does in plain C++ what their instructions do: for tests, on machines without them, in
+// builds with LLMKERNELS_BUILD_TESTS=1.
+enum class Isa : int {
+  kDefault = 0,
+  kAvx2 = 1,
+  kAvx512 = 2,
+  kAvx512Vnni = 3,
+  kAvx512Bf16 = 4,
+  kAmx = 5,
+  kAmxEmulated = 6
+};
+constexpr int kIsaCount = 7;
 
 // LLMKERNELS_ISA if set, else what torch chose (ATEN_CPU_CAPABILITY is honoured), limited to what this machine has.
 Isa isa();
@@ -21,8 +30,13 @@ void force_isa(const std::string& name);
 
 }  // namespace llmkernels::cpu
 
-// A kernel without a copy for AMX is the one of AVX512_BF16: names are looked for there after the namespace itself.
+// A kernel without a copy for AMX is the one of AVX512_BF16, and without one for VNNI that of AVX512: names are looked
+// for there after the namespace itself.
 namespace llmkernels::cpu {
+namespace AVX512 {}
+namespace AVX512_VNNI {
+using namespace AVX512;
+}
 namespace AVX512_BF16 {}
 namespace AMX {
 using namespace AVX512_BF16;
@@ -44,6 +58,7 @@ using namespace AVX512_BF16;
 #define LLMKERNELS_CPU_DISPATCH(function)                                                                        \
   (::llmkernels::cpu::isa() >= ::llmkernels::cpu::Isa::kAmx          ? LLMKERNELS_CPU_AMX(function)              \
    : ::llmkernels::cpu::isa() == ::llmkernels::cpu::Isa::kAvx512Bf16 ? &::llmkernels::cpu::AVX512_BF16::function \
+   : ::llmkernels::cpu::isa() == ::llmkernels::cpu::Isa::kAvx512Vnni ? &::llmkernels::cpu::AVX512_VNNI::function \
    : ::llmkernels::cpu::isa() == ::llmkernels::cpu::Isa::kAvx512     ? &::llmkernels::cpu::AVX512::function      \
    : ::llmkernels::cpu::isa() == ::llmkernels::cpu::Isa::kAvx2       ? &::llmkernels::cpu::AVX2::function        \
                                                                      : &::llmkernels::cpu::DEFAULT::function)

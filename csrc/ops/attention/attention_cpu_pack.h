@@ -1,8 +1,8 @@
-// Rows of q, k, v and dout brought into the layouts that attention_cpu_product.h multiplies, in words.
+// Rows of q, k, v and dout brought into the layouts that product.h multiplies, in words.
 #pragma once
 
 #include "ops/attention/attention.h"
-#include "ops/attention/attention_cpu_product.h"
+#include "common/cpu/product.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {

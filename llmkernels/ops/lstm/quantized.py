@@ -1,4 +1,4 @@
-"""QuantizedLSTM: an LSTM for inference with int8 weights and dynamic int8 activations, in plain PyTorch."""
+"""QuantizedLSTM: an LSTM for inference with int8 weights and dynamic int8 activations, a step at a time."""
 
 import torch
 from torch import Tensor

@@ -90,9 +90,14 @@ class QuantizedLinearInputs(Inputs):
     weight: QuantizedTensor
 
 
-@functools.lru_cache(maxsize=64)
 def _weight(case: QuantizedLinearCase, seed: int) -> QuantizedTensor:
-    """The weight on the CPU: quantizing takes longer than many a case."""
+    """The weight on the CPU, the same for any number of rows of x."""
+    return _quantized(replace(case, M=0, bias=False), seed)
+
+
+@functools.lru_cache(maxsize=64)
+def _quantized(case: QuantizedLinearCase, seed: int) -> QuantizedTensor:
+    """Quantizing takes longer than many a case."""
     generator = torch.Generator().manual_seed(seed + 1000)
     weight = torch.randn(case.N, case.K, generator=generator, dtype=torch.float64) * max(case.K, 1) ** -0.5
     if case.data == "large":

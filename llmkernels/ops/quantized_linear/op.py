@@ -155,8 +155,16 @@ def _public(input, data, scales, zeros, second_scales, order, bias, columns, *, 
 
 # --- backends, best first -------------------------------------------------------------------------------------------
 
-_KERNELS = ("torch", registry.PORTABLE)
-_backends = _op.backends(OP, "quantized_linear_fwd", "quantized_linear_bwd", reference.linear_fwd, reference.linear_bwd)
+
+def _refuses_fp64(x: Tensor, *_) -> str | None:
+    return f"{OP} of float64 needs plain PyTorch" if x.dtype == torch.float64 else None
+
+
+_KERNELS = ("cpu", "torch", registry.PORTABLE)
+_backends = _op.backends(
+    OP, "quantized_linear_fwd", "quantized_linear_bwd", reference.linear_fwd, reference.linear_bwd,
+    refuse={"cpu": _refuses_fp64},
+)  # fmt: skip
 registry.register(OP, *(backend for backend in _backends if backend.name in _KERNELS))
 
 _op.define_public(

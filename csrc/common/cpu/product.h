@@ -1,5 +1,5 @@
-// Products of small matrices for attention on the CPU, in registers: C = A B, where A is read element by element and B
-// vector by vector. As vec.h: raw vectors in the anonymous namespace of the instruction set.
+// Products of small matrices on the CPU, in registers: C = A B, where A is read element by element and B vector by
+// vector. As vec.h: raw vectors in the anonymous namespace of the instruction set.
 //
 // Elements are words of 32 bits along the summed axis: a float, or with C = BFloat16 two bf16 of neighbouring indices,
 // which one instruction multiplies and adds.
@@ -167,7 +167,7 @@ __attribute__((noinline)) void product_tile(const Product& p) {
 }  // namespace llmkernels::cpu::CPU_CAPABILITY
 
 #if defined(CPU_CAPABILITY_AMX)
-#include "ops/attention/attention_cpu_amx.h"
+#include "common/cpu/product_amx.h"
 #endif
 
 namespace llmkernels::cpu::CPU_CAPABILITY {

@@ -1,4 +1,4 @@
-// Products of bf16 on the tiles of AMX, for attention_cpu_product.h: two tiles of A by two of B make four of C, as many
+// Products of bf16 on the tiles of AMX, for product.h: two tiles of A by two of B make four of C, as many
 // as there are.
 //
 // All tiles have their whole shape all the time: giving them another one zeroes them and takes as long as several
@@ -6,7 +6,7 @@
 #pragma once
 
 #include "common/cpu/amx.h"
-#include "ops/attention/attention_cpu_product.h"
+#include "common/cpu/product.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
