@@ -44,7 +44,7 @@ struct MatvecShape {
 };
 
 template <class T, WeightFormat kFormat, int kTokens>
-__global__ void __launch_bounds__(kMatvecThreads) quantized_matvec_kernel(const __grid_constant__ QuantizedLinearArgs args) {
+__global__ void __launch_bounds__(kMatvecThreads, 1) quantized_matvec_kernel(const __grid_constant__ QuantizedLinearArgs args) {
   using Shape = MatvecShape<T, kFormat, kTokens>;
   using X = typename Shape::X;
   constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns, kStep = Shape::kStep;
@@ -64,14 +64,20 @@ __global__ void __launch_bounds__(kMatvecThreads) quantized_matvec_kernel(const 
   const int first_row = (static_cast<int>(blockIdx.x) * (kMatvecThreads / kWarpSize) + warp) * kRows;
   const int row_bytes = kFourBits<kFormat> ? (K + 1) / 2 : K;
 
+  // What the next step needs of each row.
   uint4 next[kRows];
-  const auto load_next = [&](int column) {
-    const int byte = (column + lane * kVector) / (kVector / kVectorBytes);
+  float next_scales[kRows];
+  uint32_t next_middles[kRows];
+  const auto load_next = [&](int first_of_warp) {
+    const int column = first_of_warp + lane * kVector, byte = column / (kVector / kVectorBytes);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int row = first_row + r, inside = row < N && column < end ? row_bytes - byte : 0;
+      const int row = first_row + r, inside = row < N && first_of_warp < end ? row_bytes - byte : 0;
       next[r] = load_packed(static_cast<const unsigned char*>(w.data) + int64_t{row} * row_bytes + byte, inside,
                             args.weight_unit);
+      const int64_t group = group_index<kFormat>(w, args.group_shift, min(row, N - 1), column);
+      next_scales[r] = scale_at<kFormat>(w, group);
+      next_middles[r] = middle_at<__nv_bfloat16, kFormat>(w, group);
     }
   };
 
@@ -85,16 +91,13 @@ __global__ void __launch_bounds__(kMatvecThreads) quantized_matvec_kernel(const 
     }
     __syncthreads();
     for (int step = 0; step < kColumns && start + step < end; step += kStep) {
-      const int column = start + step + lane * kVector, vector = step / kVector + lane;
+      const int vector = step / kVector + lane;
       uint4 now[kRows];
       float scales[kRows];
       uint32_t middles[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        now[r] = next[r];
-        const int64_t group = group_index<kFormat>(w, args.group_shift, min(first_row + r, N - 1), column);
-        scales[r] = scale_at<kFormat>(w, group);
-        middles[r] = middle_at<__nv_bfloat16, kFormat>(w, group);
+        now[r] = next[r], scales[r] = next_scales[r], middles[r] = next_middles[r];
       }
       load_next(start + step + kStep);
 #pragma unroll
@@ -108,19 +111,19 @@ __global__ void __launch_bounds__(kMatvecThreads) quantized_matvec_kernel(const 
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
           if (t >= M) break;
-          float dots[kRows] = {};  // of one word: short sums are rounded less
 #pragma unroll
           for (int e = 0; e < kWord; e += kTogether) {
             const auto chunk = slice[t][X::chunk_of(vector, (i * kWord + e) / X::kPerChunk)];
+            float dots[kRows] = {};  // of a chunk: short sums are rounded less
 #pragma unroll
             for (int j = 0; j < kTogether; ++j) {
               const float value = widen(chunk.at[(i * kWord + e) % X::kPerChunk + j]);
 #pragma unroll
               for (int r = 0; r < kRows; ++r) dots[r] = fmaf(value, weights[r][e + j], dots[r]);
             }
-          }
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) sums[r * kTokens + t] = fmaf(dots[r], scales[r], sums[r * kTokens + t]);
+            for (int r = 0; r < kRows; ++r) sums[r * kTokens + t] = fmaf(dots[r], scales[r], sums[r * kTokens + t]);
+          }
         }
       }
     }
