@@ -8,8 +8,8 @@ import torch
 
 from llmkernels.ops.quantized_linear import cases, reference
 from llmkernels.ops.quantized_linear.cases import VARIANTS, QuantizedLinearCase
-from llmkernels.quantization import int8
-from llmkernels.quantization.tensor import QuantizedTensor
+from llmkernels.quantization import SCHEMES, int4, int8
+from llmkernels.quantization.tensor import QuantizedTensor, quantize_tensor
 from llmkernels.testing.battery import evaluate, failures, judge
 from tests.ptxsim import backend as simulated
 from tests.ptxsim import sim
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(sim.absent() is not None, reason=f"ptxsim: {sim.
 on_both = pytest.mark.parametrize("backend", tuple(simulated.CUDA))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MATVEC, TOKENS, DX = "quantized_matvec", "quantized_tokens", "quantized_dx"
-ROUND, INT8, SPLITS = "quantized_round", "quantized_int8", "quantized_splits"
+ROUND, INT8, W4A8, SPLITS = "quantized_round", "quantized_int8", "quantized_w4a8", "quantized_splits"
 
 
 def kernel(backend: str, name: str):
@@ -40,10 +40,8 @@ def launched(case: QuantizedLinearCase, backend: str) -> list[tuple[str, int]]:
     """(kernel, parts of K) of every launch of forward and backward."""
     with sim.device(record=True) as launches:
         evaluate(cases, case, cases.make_inputs(case), backend)
-    return [
-        (launch["kernel"].split("_kernel<")[0].rpartition("::")[2], launch["grid"][1])
-        for launch in launches.all
-    ]  # fmt: skip
+    name = lambda launch: launch["kernel"].split("_kernel<")[0].rpartition("::")[2]
+    return [(name(launch), launch["grid"][1]) for launch in launches.all]
 
 
 @pytest.mark.parametrize(
@@ -55,10 +53,13 @@ def launched(case: QuantizedLinearCase, backend: str) -> list[tuple[str, int]]:
         ("nf4", 64, torch.float16, [TOKENS]),
         ("w8a8", 3, torch.float32, [ROUND, INT8]),
         ("w8a8", 200, torch.bfloat16, [ROUND, INT8]),
+        ("w4a8", 1, torch.float16, [ROUND, W4A8]),
     ],
 )
 def test_which_kernel_runs(variant, M, dtype, ways):
-    assert launched(QuantizedLinearCase(variant, M, 40, 64, dtype), "cuda-sim-sm80") == [(way, 1) for way in [*ways, DX]]
+    assert launched(QuantizedLinearCase(variant, M, 40, 64, dtype), "cuda-sim-sm80") == [
+        (way, 1) for way in [*ways, DX]
+    ]
 
 
 # Of each kernel a K that is cut into several parts, unequal ones, and an N and M that fill no tile.
@@ -72,6 +73,8 @@ PARTS = [
     (QuantizedLinearCase("w8a8", 5, 150, 1700, torch.bfloat16), 3),
     (QuantizedLinearCase("w8a8", 30, 40, 1100, torch.float32), 2),
     (QuantizedLinearCase("w8a8", 70, 40, 1100, torch.float16, bias=False), 2),
+    (QuantizedLinearCase("w4a8_row", 5, 150, 1700, torch.float32), 3),
+    (QuantizedLinearCase("w4a8_zeros", 70, 40, 1100, torch.bfloat16), 2),
 ]
 
 
@@ -81,7 +84,7 @@ def test_sums_in_parts(case, parts, backend):
     with sim.device(multiprocessors=16):
         assert failures(judge(cases, case, backend)) == []
         kernels = launched(case, backend)
-    assert {grid for name, grid in kernels if name in (MATVEC, TOKENS, INT8)} == {parts}
+    assert {grid for name, grid in kernels if name in (MATVEC, TOKENS, INT8, W4A8)} == {parts}
     assert (SPLITS, 1) in kernels
 
 
@@ -95,11 +98,9 @@ CODES |= {name: torch.arange(256).to(torch.uint8) for name in ("int4", "nf4")}  
 def every_code(variant: str) -> QuantizedTensor:
     """A weight of 4 or 8 rows and 64 columns in which every byte occurs; scales are powers of two."""
     K = 64
-    data = CODES[variant.partition("_")[0]]
-    data = data.view(-1, K // 2 if variant[:4] in ("int4", "nf4") else K)
     scheme, options = VARIANTS[variant]
-    from llmkernels.quantization.tensor import quantize_tensor
-
+    data = CODES[SCHEMES[scheme][0]]
+    data = data.view(-1, K // 2 if data.dtype == torch.uint8 else K)
     weight = quantize_tensor(torch.randn(len(data), K), scheme, **options)
     scales = 2.0 ** (torch.arange(weight.scales.numel()) % 3 - 1.0).view_as(weight.scales)
     zeros = weight.zeros
@@ -109,18 +110,22 @@ def every_code(variant: str) -> QuantizedTensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", ("int8", "int4_32", "int4_zeros", "int4_row", "nf4", "fp8", "fp8_block"))
+@pytest.mark.parametrize(
+    "variant",
+    ("int8", "int4_32", "int4_zeros", "int4_row", "nf4", "fp8", "fp8_block", "w8a8", "w4a8", "w4a8_zeros", "w4a8_row"),
+)
 @on_both
 def test_every_code_of_every_format(variant, dtype, backend):
     """Rows of the unit matrix pick columns of the weight, and rows of it in the backward: no sum rounds anything."""
     weight = every_code(variant)
     N, K = weight.shape
-    exact = weight.dequantize(torch.float64).to(dtype)
-    unit = torch.eye(K, dtype=dtype)
-    for rows in (1, 8) if dtype == torch.float32 else (1, 8, 16, 32, 64):
+    size = 127 if weight.activations else 1  # rounded activations have the scale one
+    exact = weight.dequantize(torch.float64)
+    unit = size * torch.eye(K, dtype=dtype)
+    for rows in (1, 8) if dtype == torch.float32 and not weight.activations else (1, 8, 16, 32, 64):
         found = torch.cat([forward(backend, x, weight) for x in unit.split(rows)])
-        assert torch.equal(found, exact.t()), rows
-    assert torch.equal(backward(backend, torch.eye(N, dtype=dtype), weight), exact)
+        assert torch.equal(found, (size * exact).to(dtype).t()), rows
+    assert torch.equal(backward(backend, torch.eye(N, dtype=dtype), weight), exact.to(dtype))
 
 
 def moved(tensor: torch.Tensor, bytes_on: int) -> torch.Tensor:
@@ -132,14 +137,14 @@ def moved(tensor: torch.Tensor, bytes_on: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("K", (256, 264, 251))
-@pytest.mark.parametrize("variant", ("int4", "int8", "w8a8", "nf4_double", "fp8"))
+@pytest.mark.parametrize("variant", ("int4", "int8", "w8a8", "w4a8", "nf4_double", "fp8"))
 def test_alignment_does_not_change_a_bit(variant, K, dtype):
     backend, size = "cuda-sim-sm80", dtype.itemsize
     for M in (1, 5):
         inputs = cases.make_inputs(QuantizedLinearCase(variant, M, 35, K, dtype))
         y, dx = forward(backend, inputs.x, inputs.weight, inputs.bias), backward(backend, inputs.dy, inputs.weight)
         for weight_on, x_on in ((1, 0), (4, size), (8, 4), (0, size), (3, size)):
-            # torch itself wants its floats at whole elements, and so do these kernels.
+            # Floats lie at whole elements.
             weight = dataclasses.replace(inputs.weight, data=moved(inputs.weight.data, weight_on))
             x, dy, bias = (moved(tensor, x_on) for tensor in (inputs.x, inputs.dy, inputs.bias))
             assert torch.equal(forward(backend, x, weight, bias), y)
@@ -154,7 +159,8 @@ def hard_rows(K: int, dtype: torch.dtype) -> torch.Tensor:
     normal = torch.randn(K, generator=generator)
     tiny = torch.finfo(dtype).smallest_normal
     rows = [ties, 8 * ties, ties * tiny / 4, normal, normal * tiny, torch.zeros(K), -torch.zeros(K)]
-    rows += [normal.sign() * torch.finfo(dtype).max / 2, normal * 1e-3, torch.zeros(K).index_fill(0, torch.tensor(K - 1), tiny / 2)]
+    rows += [normal.sign() * torch.finfo(dtype).max / 2, normal * 1e-3]
+    rows += [torch.zeros(K).index_fill(0, torch.tensor(K - 1), tiny / 2)]
     rows = torch.stack(rows).to(dtype)
     bad = rows[3].repeat(3, 1)
     bad[0, 1], bad[1, K // 2], bad[2, K - 1] = torch.nan, torch.inf, -torch.inf
@@ -165,19 +171,22 @@ def hard_rows(K: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("K", (24, 37, 4200))
 @on_both
 def test_activations_are_rounded_as_the_reference_does(K, dtype, backend):
-    """The unit matrix as int8 weights leaves the rounded activations times their scale: 24 of them are enough to see."""
+    """The unit matrix as weights leaves the rounded activations times their scale: 24 columns are enough to see."""
     x, picked = hard_rows(K, dtype), torch.arange(24) * (K // 24)
-    data = torch.zeros(24, K, dtype=torch.int8)
+    data = torch.zeros(24, K, dtype=torch.int64)
     data[torch.arange(24), picked] = 1
-    weight = QuantizedTensor("int8", (24, K), data, torch.ones(24), torch.float32, activations="int8")
     values, scales = int8.quantize_rows(x)
     expected = (values[:, picked].float() * scales).to(dtype)
-    torch.testing.assert_close(forward(backend, x, weight), expected, rtol=0, atol=0, equal_nan=True)
-    dense = dataclasses.replace(weight, data=torch.randint(-127, 128, (24, K), dtype=torch.int8))
-    parts = (dense.data, dense.scales, None, None, None, "int8", 0, "int8")
-    torch.testing.assert_close(
-        forward(backend, x, dense), reference.linear_fwd(x, *parts), rtol=0, atol=0, equal_nan=True
-    )
+    for unit in (True, False):
+        if not unit:
+            data = torch.randint(-7, 8, (24, K))
+        byte = QuantizedTensor("int8", (24, K), int8.pack(data), torch.ones(24), torch.float32, activations="int8")
+        half = dataclasses.replace(byte, format="int4", data=int4.pack(data + 8), scales=torch.ones(24, 1))
+        for weight in (byte, half):
+            if not unit:
+                parts = (weight.data, weight.scales, None, None, None, weight.format, 0, "int8")
+                expected = reference.linear_fwd(x, *parts)
+            torch.testing.assert_close(forward(backend, x, weight), expected, rtol=0, atol=0, equal_nan=True)
 
 
 SCHEDULED = [
@@ -187,6 +196,7 @@ SCHEDULED = [
     QuantizedLinearCase("nf4_double", 40, 40, 650, torch.float16),
     QuantizedLinearCase("w8a8", 20, 140, 650, torch.bfloat16),
     QuantizedLinearCase("w8a8", 70, 40, 333, torch.float32),
+    QuantizedLinearCase("w4a8_zeros", 20, 140, 650, torch.bfloat16),
 ]
 
 

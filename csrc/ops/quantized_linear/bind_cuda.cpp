@@ -28,8 +28,7 @@ void check_fwd(const char* op, const QuantizedLinearFwdParams& p) {
     TORCH_CHECK_VALUE(p.M <= most, op, ": x has ", p.M, " rows, expected at most ", most, " of its dtype");
     return;
   }
-  TORCH_CHECK_VALUE(p.activations == Activations::kInt8 && w.format == WeightFormat::kInt8, op,
-                    ": activations are rounded, expected int8 for weights of int8");
+  TORCH_CHECK_VALUE(p.activations == Activations::kInt8, op, ": activations is fp8, expected int8 or nothing");
   TORCH_CHECK_VALUE(w.K <= cuda::kQuantizedMostColumns, op, ": the weight has ", w.K, " columns, expected at most ",
                     cuda::kQuantizedMostColumns, ": sums have 32 bits");
 }

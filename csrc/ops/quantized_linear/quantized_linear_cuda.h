@@ -7,8 +7,8 @@ namespace llmkernels::cuda {
 
 // Memory that the binding allocates for a call.
 struct QuantizedWorkspace {
-  void* partial = nullptr;     // [splits, M, N] float, or int32 with rounded activations; null with one part
-  int8_t* rounded = nullptr;   // [M, rounded_pitch(K)], zeros beyond K
+  void* partial = nullptr;     // [splits, M, N] float, or int32 of int8 with rounded activations; null with one part
+  int8_t* rounded = nullptr;   // [M, rounded_pitch(K)], zeros beyond K; see kRoundedBlock
   float* x_scales = nullptr;   // [M]
 };
 
@@ -34,5 +34,6 @@ const char* quantized_matvec(const QuantizedLinearArgs& args, const QuantizedLin
 const char* quantized_tokens(const QuantizedLinearArgs& args, const QuantizedLinearPlan& plan, void* stream);
 const char* quantized_round_rows(const QuantizedLinearArgs& args, void* stream);
 const char* quantized_int8(const QuantizedLinearArgs& args, const QuantizedLinearPlan& plan, void* stream);
+const char* quantized_w4a8(const QuantizedLinearArgs& args, const QuantizedLinearPlan& plan, void* stream);
 
 }  // namespace llmkernels::cuda

@@ -12,7 +12,8 @@ struct SplitsArgs {
   int splits;
 };
 
-// One thread to an element of y; the parts in their order. Sum is float, or int32_t of rounded activations.
+// One thread to an element of y; the parts in their order. Sum is float, or int32_t of int8 with rounded
+// activations.
 template <class T, class Sum>
 __global__ void __launch_bounds__(kSplitsThreads) quantized_splits_kernel(const __grid_constant__ SplitsArgs args) {
   const QuantizedLinearFwdParams& p = args.p;
@@ -24,6 +25,8 @@ __global__ void __launch_bounds__(kSplitsThreads) quantized_splits_kernel(const 
   float y = static_cast<float>(total);
   if constexpr (std::is_same_v<Sum, int32_t>) {
     y *= args.work.x_scales[index / N] * static_cast<const float*>(p.weight.scales)[index % N];
+  } else if (args.work.x_scales != nullptr) {
+    y *= args.work.x_scales[index / N];
   }
   if (p.bias != nullptr) y += widen(static_cast<const T*>(p.bias)[index % N]);
   static_cast<T*>(p.y)[index] = narrow<T>(y);
@@ -41,10 +44,12 @@ auto choose_splits(DType dtype) {
 const char* quantized_linear_fwd(const QuantizedLinearFwdParams& params, const QuantizedLinearPlan& plan,
                                  const QuantizedWorkspace& work, void* stream) {
   const QuantizedLinearArgs args{params, work, plan.weight_unit, plan.x_unit, group_shift(params.weight)};
-  const bool integers = plan.way == QuantizedWay::kInt8;
-  const char* error = integers ? quantized_round_rows(args, stream) : nullptr;
+  const bool rounded = plan.way == QuantizedWay::kInt8;
+  const bool integers = rounded && params.weight.format == WeightFormat::kInt8;
+  const char* error = rounded ? quantized_round_rows(args, stream) : nullptr;
   if (error != nullptr) return error;
-  error = integers                             ? quantized_int8(args, plan, stream)
+  error = integers                            ? quantized_int8(args, plan, stream)
+          : rounded                           ? quantized_w4a8(args, plan, stream)
           : plan.way == QuantizedWay::kMatvec ? quantized_matvec(args, plan, stream)
                                               : quantized_tokens(args, plan, stream);
   if (error != nullptr || plan.parts.splits == 1) return error;

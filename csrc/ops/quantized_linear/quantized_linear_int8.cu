@@ -1,8 +1,8 @@
 // Activations rounded to int8, a row at a time, and their product with int8 weights on tensor cores: sums of integers,
-// exact, which meet both scales at the end.
+// exact, which meet both scales at the end. The product with int4 weights is in quantized_linear_w4a8.cu.
 #include "common/cuda/launch.h"
 #include "common/cuda/reduce.cuh"
-#include "ops/quantized_linear/quantized_linear_decode.cuh"
+#include "ops/quantized_linear/quantized_linear_int8.cuh"
 
 namespace llmkernels::cuda {
 namespace {
@@ -23,13 +23,27 @@ __device__ uint32_t block_max(uint32_t value) {
   return value;
 }
 
+// Neighbours `first` and on, as the product with int4 wants them: of 32 columns the even ones before the odd ones.
+template <int kVec>
+__device__ void store_apart(int8_t* row, int first, const Vec<int8_t, kVec>& vector) {
+  Vec<int8_t, kVec / 2> half[2];
+#pragma unroll
+  for (int e = 0; e < kVec; ++e) half[e % 2].at[e / 2] = vector.at[e];
+  const int even = first / kRoundedBlock * kRoundedBlock + first % kRoundedBlock / 2;
+#pragma unroll
+  for (int odd = 0; odd < 2; ++odd) {
+    *reinterpret_cast<Vec<int8_t, kVec / 2>*>(row + even + odd * kRoundedBlock / 2) = half[odd];
+  }
+}
+
 // One block to a row. Threads own vectors of columns, in both passes the same ones; the row comes from L1 the second
 // time, or from L2 if it is long.
 template <class T>
 __global__ void __launch_bounds__(kRoundThreads) quantized_round_kernel(const __grid_constant__ QuantizedLinearArgs args) {
   constexpr int kVec = kVectorBytes / static_cast<int>(sizeof(T));
   const int row = static_cast<int>(blockIdx.x), K = static_cast<int>(args.p.weight.K);
-  const int pitch = (K + 15) / 16 * 16;  // rounded_pitch
+  const int pitch = (K + kRoundedBlock - 1) / kRoundedBlock * kRoundedBlock;  // rounded_pitch
+  const bool apart = args.p.weight.format == WeightFormat::kInt4;
   const T* const x = static_cast<const T*>(args.p.x) + row * args.p.x_row_stride;
   const bool wide = args.x_unit == kVectorBytes;
   const auto columns = [&](int first) {
@@ -63,47 +77,27 @@ __global__ void __launch_bounds__(kRoundThreads) quantized_round_kernel(const __
       const int value = finite ? __float2int_rn(__fdiv_rn(widen(vector.at[e]), scale)) : 0;
       rounded.at[e] = static_cast<int8_t>(min(max(value, -127), 127));
     }
-    store(args.work.rounded + int64_t{row} * pitch, first / kVec, rounded);
+    int8_t* const out = args.work.rounded + int64_t{row} * pitch;
+    if (apart) {
+      store_apart(out, first, rounded);
+    } else {
+      store(out, first / kVec, rounded);
+    }
   }
 }
 
-// ---- the product: tiles of kTokens rows of x and 128 of the weight ----
-
-// Warps side by side along the weight's rows; with many rows of x, in two rows of four.
-template <int kTokens>
-struct Int8Tile {
-  static constexpr int kDown = kTokens == 16 ? 1 : 2, kAcross = kInt8Threads / 32 / kDown;
-  static constexpr int kRowTiles = kTokens / kDown / 16, kTiles = kInt8Rows / kAcross / 8;
-  static constexpr int kBytes = (kTokens + kInt8Rows) * kInt8Columns, kChunks = kInt8Columns / kVectorBytes;
-  static_assert(kTiles % 2 == 0);
-};
-
-// Byte offset of 16 bytes of a row of 64: two rows fill all banks, so the number of the pair of rows puts the eight rows
-// that ldmatrix reads into different ones.
-__device__ uint32_t swizzled(int row, int chunk) { return (row * 4 + (chunk ^ (row / 2 % 4))) * 16; }
-
-template <int kRows>
-__device__ void fetch_rows(unsigned char* tile, const void* matrix, int first_row, int rows, int column, int columns,
-                           int64_t pitch, int unit) {
-  constexpr int kChunks = kRows * kInt8Columns / kVectorBytes;
-#pragma unroll 4
-  for (int index = static_cast<int>(threadIdx.x); index < kChunks; index += kInt8Threads) {
-    const int row = index / 4, chunk = index % 4, at = column + chunk * kVectorBytes;
-    const int inside = first_row + row < rows ? min(max(columns - at, 0), kVectorBytes) : 0;
-    const auto* base = static_cast<const unsigned char*>(matrix);
-    fetch_packed(tile + swizzled(row, chunk), inside > 0 ? base + (first_row + row) * pitch + at : base, inside, unit);
-  }
-}
+// ---- the product ----
 
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kInt8Threads, 1) quantized_int8_kernel(const __grid_constant__ QuantizedLinearArgs args) {
   using Tile = Int8Tile<kTokens>;
+  constexpr int kStage = Tile::kXBytes + kInt8Rows * kInt8Columns;
   extern __shared__ __align__(1024) unsigned char shared[];
   const QuantizedLinearFwdParams& p = args.p;
   const QuantizedWeight& w = p.weight;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int M = static_cast<int>(p.M), N = static_cast<int>(w.N), K = static_cast<int>(w.K);
-  const int pitch = (K + 15) / 16 * 16;
+  const int pitch = (K + kRoundedBlock - 1) / kRoundedBlock * kRoundedBlock;
   // Blocks side by side share rows of the weight: these are read from memory once, however many rows x has.
   const int token_blocks = (M + kTokens - 1) / kTokens;
   const int first_token = static_cast<int>(blockIdx.x) % token_blocks * kTokens;
@@ -116,10 +110,10 @@ __global__ void __launch_bounds__(kInt8Threads, 1) quantized_int8_kernel(const _
   const int steps = static_cast<int>(int64_t{stages} * (blockIdx.y + 1) / splits) - first_stage;
   const auto fetch_step = [&](int step) {
     if (step < steps) {
-      unsigned char* const stage = shared + step % kInt8Stages * Tile::kBytes;
+      unsigned char* const stage = shared + step % kInt8Stages * kStage;
       const int column = (first_stage + step) * kInt8Columns;
       fetch_rows<kTokens>(stage, args.work.rounded, first_token, M, column, pitch, pitch, kVectorBytes);
-      fetch_rows<kInt8Rows>(stage + kTokens * kInt8Columns, w.data, first_row, N, column, K, K, args.weight_unit);
+      fetch_rows<kInt8Rows>(stage + Tile::kXBytes, w.data, first_row, N, column, K, K, args.weight_unit);
     }
     ptx::cp_async_commit();
   };
@@ -130,20 +124,20 @@ __global__ void __launch_bounds__(kInt8Threads, 1) quantized_int8_kernel(const _
     ptx::cp_async_wait<kInt8Stages - 2>();
     __syncthreads();  // this stage is there for everybody, and nobody reads the one before any more
     fetch_step(step + kInt8Stages - 1);
-    const uint32_t x_tile = ptx::shared_address(shared + step % kInt8Stages * Tile::kBytes);
-    const uint32_t weight_tile = x_tile + kTokens * kInt8Columns;
+    const uint32_t x_tile = ptx::shared_address(shared + step % kInt8Stages * kStage);
+    const uint32_t weight_tile = x_tile + Tile::kXBytes;
 #pragma unroll
-    for (int chunk = 0; chunk < Tile::kChunks; chunk += 2) {
+    for (int chunk = 0; chunk < kInt8Columns / kVectorBytes; chunk += 2) {
       uint32_t left[Tile::kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < Tile::kRowTiles; ++m) {
-        ptx::ldmatrix_x4(left[m], x_tile + swizzled(token_of_warp + m * 16 + lane % 16, chunk + lane / 16));
+        ptx::ldmatrix_x4(left[m], x_tile + int8_chunk(token_of_warp + m * 16 + lane % 16, chunk + lane / 16));
       }
 #pragma unroll
       for (int n = 0; n < Tile::kTiles; n += 2) {
         uint32_t right[4];
         const int row = row_of_warp + n * 8 + lane / 16 * 8 + lane % 8;
-        ptx::ldmatrix_x4(right, weight_tile + swizzled(row, chunk + lane / 8 % 2));
+        ptx::ldmatrix_x4(right, weight_tile + int8_chunk(row, chunk + lane / 8 % 2));
 #pragma unroll
         for (int m = 0; m < Tile::kRowTiles; ++m) {
           ptx::mma_m16n8k32_s8(sums[m][n], left[m], {right[0], right[1]});

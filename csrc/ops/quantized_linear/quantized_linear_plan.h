@@ -83,8 +83,13 @@ constexpr int kInt8Stages = 4;
 constexpr int kInt8Rows = 128;  // of the weight, in a tile
 constexpr int kInt8BlocksOfSm = 2;
 constexpr int64_t kInt8LeastStages = 8;
-constexpr int int8_shared(int tokens) { return kInt8Stages * (tokens + kInt8Rows) * kInt8Columns; }
-inline int64_t rounded_pitch(int64_t K) { return ceil_div(K, 16) * 16; }  // bytes of a row of rounded activations
+constexpr int int8_shared(int tokens, bool four_bits) {
+  return kInt8Stages * (tokens + kInt8Rows / (four_bits ? 2 : 1)) * kInt8Columns;
+}
+// Rows of rounded activations are whole blocks of 32 columns. For int4 weights the even columns of a block come before
+// the odd ones: a word of the weight has both, and each half of its bytes is a register of one product.
+constexpr int kRoundedBlock = 32;
+inline int64_t rounded_pitch(int64_t K) { return ceil_div(K, kRoundedBlock) * kRoundedBlock; }
 
 enum class QuantizedWay : int { kMatvec, kTokens, kInt8 };
 
@@ -106,11 +111,13 @@ inline QuantizedLinearPlan plan_quantized_linear_fwd(const QuantizedLinearFwdPar
   int64_t blocks = 0;
   if (p.activations == Activations::kInt8) {
     plan.way = QuantizedWay::kInt8;
-    plan.tokens = p.M <= 16 ? 16 : p.M <= 64 ? 64 : 128;
+    // Sums of the groups of int4 are floats beside those of integers: 128 rows of them are too many registers.
+    const bool halves = w.format == WeightFormat::kInt4;
+    plan.tokens = p.M <= 16 ? 16 : p.M <= 64 || halves ? 64 : 128;
     blocks = ceil_div(w.N, kInt8Rows) * ceil_div(p.M, plan.tokens);
     plan.parts = plan_splits(blocks, ceil_div(w.K, kInt8Columns), kInt8LeastStages, kInt8BlocksOfSm, gpu);
     plan.launch.block[0] = kInt8Threads;
-    plan.launch.shared = static_cast<unsigned>(int8_shared(plan.tokens));
+    plan.launch.shared = static_cast<unsigned>(int8_shared(plan.tokens, halves));
   } else if (p.M == 1 || p.dtype == DType::kFloat32) {
     plan.way = QuantizedWay::kMatvec;
     plan.tokens = p.M == 1 ? 1 : p.M <= 4 ? 4 : 8;

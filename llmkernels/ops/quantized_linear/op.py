@@ -166,8 +166,7 @@ def _cuda_refuses(x, data, scales, zeros, second_scales, bias, format, group_siz
     if group_size not in (0, 32, 64, 128):
         return f"group_size is {group_size}, not 32, 64, 128 or the whole row"
     if activations:
-        same = activations == format == "int8"
-        return None if same else f"{activations} activations with {format} weights have no CUDA kernel"
+        return None if activations == "int8" else f"{activations} activations have no CUDA kernel"
     most = _MOST_FLOAT_ROWS if x.dtype == torch.float32 else _MOST_ROWS
     return f"input has {x.shape[0]} rows, more than {most}" if x.shape[0] > most else None
 
