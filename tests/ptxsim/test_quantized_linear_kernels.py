@@ -47,9 +47,9 @@ def launched(case: QuantizedLinearCase, backend: str) -> list[tuple[str, int]]:
 @pytest.mark.parametrize(
     "variant, M, dtype, ways",
     [
-        ("int4", 1, torch.bfloat16, [MATVEC]),
+        ("int4", 1, torch.float32, [MATVEC]),
         ("int8", 8, torch.float32, [MATVEC]),
-        ("int4", 2, torch.bfloat16, [TOKENS]),
+        ("int4", 1, torch.bfloat16, [TOKENS]),
         ("nf4", 64, torch.float16, [TOKENS]),
         ("w8a8", 3, torch.float32, [ROUND, INT8]),
         ("w8a8", 200, torch.bfloat16, [ROUND, INT8]),
@@ -64,7 +64,8 @@ def test_which_kernel_runs(variant, M, dtype, ways):
 
 # Of each kernel a K that is cut into several parts, unequal ones, and an N and M that fill no tile.
 PARTS = [
-    (QuantizedLinearCase("int4", 1, 40, 12500, torch.bfloat16), 4),
+    (QuantizedLinearCase("int4", 1, 40, 12500, torch.float32), 4),
+    (QuantizedLinearCase("int4", 1, 40, 4000, torch.bfloat16), 8),
     (QuantizedLinearCase("int8", 3, 20, 5000, torch.float32), 3),
     (QuantizedLinearCase("nf4", 7, 20, 2500, torch.float32), 3),
     (QuantizedLinearCase("int4_32", 7, 150, 1700, torch.bfloat16), 3),
@@ -190,7 +191,8 @@ def test_activations_are_rounded_as_the_reference_does(K, dtype, backend):
 
 
 SCHEDULED = [
-    QuantizedLinearCase("int4_32", 1, 40, 4500, torch.bfloat16),
+    QuantizedLinearCase("int4_32", 1, 40, 4500, torch.float32),
+    QuantizedLinearCase("int4_128", 1, 40, 640, torch.bfloat16),
     QuantizedLinearCase("int8", 6, 20, 1100, torch.float32),
     QuantizedLinearCase("int4_zeros", 20, 40, 840, torch.bfloat16),
     QuantizedLinearCase("nf4_double", 40, 40, 650, torch.float16),

@@ -17,7 +17,9 @@ struct DxTiles {
   float levels[16];
 
   // Byte offsets of chunks of 16 bytes; ldmatrix reads the same one of eight rows.
-  static __device__ int weight_chunk(int row, int chunk) { return (row * kChunks + (chunk ^ (row % 8))) * kVectorBytes; }
+  static __device__ int weight_chunk(int row, int chunk) {
+    return (row * kChunks + (chunk ^ (row % 8))) * kVectorBytes;
+  }
   static __device__ int dy_chunk(int row, int chunk) {
     const int exchanged = kDyChunks == 4 ? chunk ^ (row / 2 % 4) : chunk ^ (row % 8);
     return (row * kDyChunks + exchanged) * kVectorBytes;
@@ -170,7 +172,8 @@ struct DxSums<float, kTokens> {
 };
 
 template <class T, WeightFormat kFormat, int kTokens>
-__global__ void __launch_bounds__(kDxThreads, 1) quantized_dx_kernel(const __grid_constant__ QuantizedLinearBwdArgs args) {
+__global__ void __launch_bounds__(kDxThreads, 1)
+    quantized_dx_kernel(const __grid_constant__ QuantizedLinearBwdArgs args) {
   using Tiles = DxTiles<T, kTokens>;
   static_assert(sizeof(Tiles) == 2 * kDxRows * (kDxColumns + kTokens) * sizeof(T) + kLevelBytes);  // dx_shared
   extern __shared__ __align__(1024) unsigned char shared[];

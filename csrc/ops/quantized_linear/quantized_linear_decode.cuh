@@ -78,11 +78,11 @@ __device__ void decode(uint32_t word, uint32_t middle, const float* levels,
   } else {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t spread = __byte_perm(word, 0, 2 * i * 0x11 + (2 * i + 1) * 0x1100);
-      const uint32_t low = spread & 0x007f007fu, sign = spread & 0x00800080u;
+      const uint32_t spread = __byte_perm(word, kOnes<T> >> 8, 0x4040 + 2 * i + (2 * i + 1) * 0x100);
       if constexpr (kFormat == WeightFormat::kInt8) {
-        pairs[i] = subtract_pairs<T>(low | kOnes<T>, sign | kOnes<T>);  // the sign bit counts -128
+        pairs[i] = subtract_pairs<T>(spread & 0xff7fff7fu, spread & 0xff80ff80u);  // the sign bit counts -128
       } else {
+        const uint32_t low = spread & 0x007f007fu, sign = spread & 0x00800080u;
         // The same exponent and fraction in wider fields, whose bias is larger by 8 or 120: the product is exact, of
         // subnormals too.
         constexpr bool kHalf = std::is_same_v<T, __half>;

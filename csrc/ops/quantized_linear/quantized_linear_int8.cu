@@ -39,7 +39,8 @@ __device__ void store_apart(int8_t* row, int first, const Vec<int8_t, kVec>& vec
 // One block to a row. Threads own vectors of columns, in both passes the same ones; the row comes from L1 the second
 // time, or from L2 if it is long.
 template <class T>
-__global__ void __launch_bounds__(kRoundThreads) quantized_round_kernel(const __grid_constant__ QuantizedLinearArgs args) {
+__global__ void __launch_bounds__(kRoundThreads)
+    quantized_round_kernel(const __grid_constant__ QuantizedLinearArgs args) {
   constexpr int kVec = kVectorBytes / static_cast<int>(sizeof(T));
   const int row = static_cast<int>(blockIdx.x), K = static_cast<int>(args.p.weight.K);
   const int pitch = (K + kRoundedBlock - 1) / kRoundedBlock * kRoundedBlock;  // rounded_pitch
@@ -89,7 +90,8 @@ __global__ void __launch_bounds__(kRoundThreads) quantized_round_kernel(const __
 // ---- the product ----
 
 template <class T, int kTokens>
-__global__ void __launch_bounds__(kInt8Threads, 1) quantized_int8_kernel(const __grid_constant__ QuantizedLinearArgs args) {
+__global__ void __launch_bounds__(kInt8Threads, 1)
+    quantized_int8_kernel(const __grid_constant__ QuantizedLinearArgs args) {
   using Tile = Int8Tile<kTokens>;
   constexpr int kStage = Tile::kXBytes + kInt8Rows * kInt8Columns;
   extern __shared__ __align__(1024) unsigned char shared[];

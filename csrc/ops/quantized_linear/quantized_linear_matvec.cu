@@ -1,6 +1,6 @@
-// One row of x, or up to eight of fp32, times a quantized weight. What counts is to read the weight once: a warp owns a
-// few of its rows, each lane has 16 bytes of each on their way while it adds the products of those before, and x lies
-// in shared memory, a slice of columns at a time. Products are those of floats.
+// Up to eight rows of fp32 x, which tensor cores would round, times a quantized weight. What counts is to read the weight
+// once: a warp owns a few of its rows, each lane has 16 bytes of each on their way while it adds the products of those
+// before, and x lies in shared memory, a slice of columns at a time.
 #include "common/cuda/launch.h"
 #include "common/cuda/reduce.cuh"
 #include "ops/quantized_linear/quantized_linear_decode.cuh"
@@ -44,7 +44,8 @@ struct MatvecShape {
 };
 
 template <class T, WeightFormat kFormat, int kTokens>
-__global__ void __launch_bounds__(kMatvecThreads, 1) quantized_matvec_kernel(const __grid_constant__ QuantizedLinearArgs args) {
+__global__ void __launch_bounds__(kMatvecThreads, 1)
+    quantized_matvec_kernel(const __grid_constant__ QuantizedLinearArgs args) {
   using Shape = MatvecShape<T, kFormat, kTokens>;
   using X = typename Shape::X;
   constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns, kStep = Shape::kStep;
@@ -157,11 +158,9 @@ struct Matvec {
 
 const char* quantized_matvec(const QuantizedLinearArgs& args, const QuantizedLinearPlan& plan, void* stream) {
   const WeightFormat format = args.p.weight.format;
-  const auto kernel = args.p.dtype == DType::kBFloat16  ? choose_format<Matvec, __nv_bfloat16, 1>(format)
-                      : args.p.dtype == DType::kFloat16 ? choose_format<Matvec, __half, 1>(format)
-                      : plan.tokens == 1                ? choose_format<Matvec, float, 1>(format)
-                      : plan.tokens == 4                ? choose_format<Matvec, float, 4>(format)
-                                                        : choose_format<Matvec, float, 8>(format);
+  const auto kernel = plan.tokens == 1   ? choose_format<Matvec, float, 1>(format)
+                      : plan.tokens == 4 ? choose_format<Matvec, float, 4>(format)
+                                         : choose_format<Matvec, float, 8>(format);
   return launch(kernel, args, plan.launch, stream);
 }
 

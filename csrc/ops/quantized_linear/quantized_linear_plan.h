@@ -47,7 +47,7 @@ inline QuantizedSplits plan_splits(int64_t blocks, int64_t steps, int64_t least,
   return {static_cast<int>(std::clamp<int64_t>(wanted, 1, 64))};
 }
 
-// ---- one row of x, or a few in fp32: a warp adds the products of a few rows of the weight ----
+// ---- up to 8 rows of fp32 x: a warp adds the products of a few rows of the weight ----
 
 constexpr int kMatvecThreads = 256;
 constexpr int kMatvecBlocksOfSm = 4;  // by registers
@@ -96,6 +96,7 @@ enum class QuantizedWay : int { kMatvec, kTokens, kInt8 };
 struct QuantizedLinearPlan {
   QuantizedWay way;
   int tokens;       // rows of x of a block, at most
+  bool wide;        // rows of x and of the weight are whole vectors of 16 bytes
   int weight_unit;  // bytes that can be loaded at once
   int x_unit;
   QuantizedSplits parts;
@@ -108,6 +109,7 @@ inline QuantizedLinearPlan plan_quantized_linear_fwd(const QuantizedLinearFwdPar
   const int64_t bytes = element_bytes(p.dtype);
   plan.weight_unit = load_unit(w.data, packed_bytes(w), w.N);
   plan.x_unit = load_unit(p.x, p.x_row_stride * bytes, p.M);
+  plan.wide = plan.weight_unit == 16 && plan.x_unit == 16 && packed_bytes(w) % 16 == 0 && w.K * bytes % 16 == 0;
   int64_t blocks = 0;
   if (p.activations == Activations::kInt8) {
     plan.way = QuantizedWay::kInt8;
@@ -118,7 +120,7 @@ inline QuantizedLinearPlan plan_quantized_linear_fwd(const QuantizedLinearFwdPar
     plan.parts = plan_splits(blocks, ceil_div(w.K, kInt8Columns), kInt8LeastStages, kInt8BlocksOfSm, gpu);
     plan.launch.block[0] = kInt8Threads;
     plan.launch.shared = static_cast<unsigned>(int8_shared(plan.tokens, halves));
-  } else if (p.M == 1 || p.dtype == DType::kFloat32) {
+  } else if (p.dtype == DType::kFloat32) {
     plan.way = QuantizedWay::kMatvec;
     plan.tokens = p.M == 1 ? 1 : p.M <= 4 ? 4 : 8;
     blocks = ceil_div(w.N, kMatvecThreads / 32 * matvec_rows(plan.tokens));
@@ -126,7 +128,7 @@ inline QuantizedLinearPlan plan_quantized_linear_fwd(const QuantizedLinearFwdPar
     plan.launch.block[0] = kMatvecThreads;
   } else {
     plan.way = QuantizedWay::kTokens;
-    plan.tokens = p.M <= 8 ? 8 : p.M <= 16 ? 16 : p.M <= 32 ? 32 : 64;
+    plan.tokens = p.M <= 8 ? 8 : p.M <= 16 && plan.wide ? 16 : p.M <= 32 && plan.wide ? 32 : 64;
     blocks = ceil_div(w.N, kTokensRows);
     plan.parts = plan_splits(blocks, ceil_div(w.K, kTokensColumns), kTokensLeastStages, kTokensBlocksOfSm, gpu);
     plan.launch.block[0] = kTokensThreads;

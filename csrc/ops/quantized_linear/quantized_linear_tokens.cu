@@ -1,10 +1,10 @@
-// Up to 64 rows of 16-bit x times a quantized weight on tensor cores. The product is turned over, y^T = weight x^T, so
-// that 16 rows of the weight are the tall side of mma.m16n8k16 and 8 rows of x fill the other. Packed weights and x come
-// in stages of 128 columns by cp.async; the weights become 16-bit floats, exact ones but for nf4, in the registers of
-// the warp that multiplies them, and the scale of a group multiplies its sum.
+// Up to 64 rows of 16-bit x times a quantized weight on tensor cores. The product is turned over, y^T = weight x^T: 16
+// rows of the weight are the tall side of mma.m16n8k16, and 8 rows of x fill the other. Packed weights and x come in
+// stages of 128 columns by cp.async; the weights become 16-bit floats, exact ones but for nf4, in the registers of the
+// warp that multiplies them, and the scale of a group multiplies its sum.
 //
-// The columns of a product may come in any order that both factors share. Here lane t of four has columns 8 t .. 8 t + 7
-// of 32, which are one word of four-bit weights and one vector of x, and gives them to two instructions.
+// The columns of a product may come in any order that both factors share. Here lane t of four has columns 8 t ... of 32,
+// eight that are one word of four-bit weights and one vector of x, and gives them to two instructions.
 #include "common/cuda/launch.h"
 #include "ops/quantized_linear/quantized_linear_decode.cuh"
 
@@ -32,31 +32,147 @@ struct Stage {
   }
 };
 
-template <class T, WeightFormat kFormat, int kTokens>
-__device__ void fetch_stage(unsigned char* stage, const QuantizedLinearArgs& args, int first_row, int column) {
+// What a thread fetches of each stage: chunks of the weight, one and the same of several rows, and of x likewise.
+template <class T, WeightFormat kFormat, int kTokens, bool kWide>
+class Fetch {
   using S = Stage<kFormat, kTokens>;
-  const QuantizedWeight& w = args.p.weight;
-  const int N = static_cast<int>(w.N), M = static_cast<int>(args.p.M), K = static_cast<int>(w.K);
-  const int row_bytes = kFourBits<kFormat> ? (K + 1) / 2 : K, byte = column / (kFourBits<kFormat> ? 2 : 1);
-  static_assert(kTokensRows * S::kChunks % kTokensThreads == 0);
-#pragma unroll 4
-  for (int i = 0; i < kTokensRows * S::kChunks / kTokensThreads; ++i) {
-    const int index = static_cast<int>(threadIdx.x) + i * kTokensThreads, row = index / S::kChunks;
-    const int chunk = index % S::kChunks, at = byte + chunk * kVectorBytes;
-    const int inside = first_row + row < N ? min(max(row_bytes - at, 0), kVectorBytes) : 0;
-    const auto* source = static_cast<const unsigned char*>(w.data) + (int64_t{first_row} + row) * row_bytes + at;
-    fetch_packed(stage + S::weight_chunk(row, chunk), inside > 0 ? source : static_cast<const unsigned char*>(w.data),
-                 inside, args.weight_unit);
+  static constexpr int kDown = kTokensThreads / S::kChunks, kXDown = kTokensThreads / S::kXChunks;
+  static constexpr int kRows = kTokensRows / kDown, kXRows = (kTokens + kXDown - 1) / kXDown;
+  static_assert(kTokensRows % kDown == 0);
+
+ public:
+  __device__ Fetch(const QuantizedLinearArgs& args, int first_row)
+      : args_(args), rows_(static_cast<int>(args.p.weight.N) - first_row), K_(static_cast<int>(args.p.weight.K)) {
+    row_bytes_ = kFourBits<kFormat> ? (K_ + 1) / 2 : K_;
+    const int thread = static_cast<int>(threadIdx.x);
+    const int64_t row = first_row + thread / S::kChunks, x_row = thread / S::kXChunks;
+    weight_ = static_cast<const unsigned char*>(args.p.weight.data) + (row * row_bytes_ + weight_byte());
+    x_ = static_cast<const T*>(args.p.x) + (x_row * args.p.x_row_stride + x_column());
   }
-  for (int index = static_cast<int>(threadIdx.x); index < kTokens * S::kXChunks; index += kTokensThreads) {
-    const int row = index / S::kXChunks, chunk = index % S::kXChunks, at = column + chunk * 8;
-    const int inside = row < M ? min(max(K - at, 0) * 2, kVectorBytes) : 0;
-    const auto* source = reinterpret_cast<const unsigned char*>(static_cast<const T*>(args.p.x) + row * args.p.x_row_stride + at);
-    fetch_packed(stage + S::x_chunk(row, chunk), inside > 0 ? source : static_cast<const unsigned char*>(args.p.x),
-                 inside, args.x_unit);
+
+  __device__ void operator()(unsigned char* stage, int column) const {
+    const int thread = static_cast<int>(threadIdx.x), byte = column / (kFourBits<kFormat> ? 2 : 1);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = thread / S::kChunks + i * kDown, inside = row < rows_ ? row_bytes_ - byte - weight_byte() : 0;
+      one(stage + S::weight_chunk(row, thread % S::kChunks), args_.p.weight.data,
+          weight_ + (int64_t{i * kDown} * row_bytes_ + byte), inside, args_.weight_unit);
+    }
+#pragma unroll
+    for (int i = 0; i < kXRows; ++i) {
+      const int row = thread / S::kXChunks + i * kXDown;
+      if (kTokens % kXDown != 0 && row >= kTokens) break;
+      const int inside = row < static_cast<int>(args_.p.M) ? 2 * (K_ - column - x_column()) : 0;
+      one(stage + S::x_chunk(row, thread % S::kXChunks), args_.p.x, x_ + (i * kXDown * args_.p.x_row_stride + column),
+          inside, args_.x_unit);
+    }
+    ptx::cp_async_commit();
   }
-  ptx::cp_async_commit();
-}
+
+ private:
+  // Where in a stage this thread's chunks begin.
+  static __device__ int weight_byte() { return static_cast<int>(threadIdx.x) % S::kChunks * kVectorBytes; }
+  static __device__ int x_column() { return static_cast<int>(threadIdx.x) % S::kXChunks * 8; }
+
+  // `inside` bytes, or as many as fit, from `source`; nothing from `tensor`, which is a valid address.
+  static __device__ void one(unsigned char* target, const void* tensor, const void* source, int inside, int unit) {
+    source = inside > 0 ? source : tensor;
+    if constexpr (kWide) {
+      ptx::cp_async<kVectorBytes>(ptx::shared_address(target), source, inside > 0 ? kVectorBytes : 0);
+    } else {
+      fetch_packed(target, static_cast<const unsigned char*>(source), min(max(inside, 0), kVectorBytes), unit);
+    }
+  }
+
+  const QuantizedLinearArgs& args_;
+  int rows_, K_, row_bytes_;
+  const unsigned char* weight_;
+  const T* x_;
+};
+
+// Scales and zero points of the two rows of a lane, row and row + 8, in the blocks of 32 columns of a stage.
+template <class T, WeightFormat kFormat>
+struct Groups {
+  static constexpr int kBlocks = kTokensColumns / 32;
+  float scales[kBlocks][2];
+  uint32_t middles[kBlocks][2];
+
+  __device__ Groups(const QuantizedLinearArgs& args, int row) : w_(args.p.weight), shift_(args.group_shift) {
+    last_ = static_cast<int>(w_.groups) - 1;
+    every_ = kFourBits<kFormat> && shift_ < 7 ? 1 << (shift_ - 5) : kBlocks;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int n = min(row + 8 * half, static_cast<int>(w_.N) - 1);
+      base_[half] = group_index<kFormat>(w_, shift_, n, 0);
+      const int size = w_.scale_type == ScaleType::kFloat32 ? 4 : w_.scale_type == ScaleType::kInt8 ? 1 : 2;
+      scales_[half] = static_cast<const char*>(w_.scales) + base_[half] * size;
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) middles[block][half] = middle_pair<T>(kInt4Middle);
+    }
+  }
+
+  // Whether a group ends with this block; with the stage it does, or is done with it.
+  __device__ bool ends(int block) const { return block == kBlocks - 1 || ((block + 1) & (every_ - 1)) == 0; }
+
+  // Those of a stage. The branches are the same for all threads, and outside of what is unrolled.
+  __device__ void load(int column) {
+    if constexpr (!kFourBits<kFormat>) {
+      load_every<kBlocks>(column);
+    } else if (every_ == 1) {
+      load_every<1>(column);
+    } else if (every_ == 2) {
+      load_every<2>(column);
+    } else {
+      load_every<kBlocks>(column);
+    }
+  }
+
+ private:
+  // With a group to so many blocks.
+  template <int kEvery>
+  __device__ void load_every(int column) {
+    if (!kFourBits<kFormat> || w_.scale_type == ScaleType::kFloat32) {
+      load_scales<kEvery, float>(column);
+    } else if (w_.scale_type == ScaleType::kBFloat16) {
+      load_scales<kEvery, __nv_bfloat16>(column);
+    } else if (w_.scale_type == ScaleType::kFloat16) {
+      load_scales<kEvery, __half>(column);
+    } else if constexpr (kFormat == WeightFormat::kNf4) {
+      each<kEvery>(column, [&](int block, int half, int group) {
+        scales[block][half] = scale_at<kFormat>(w_, base_[half] + group);
+      });
+    }
+    if constexpr (kFormat == WeightFormat::kInt4) {
+      if (w_.zeros == nullptr) return;
+      each<kEvery>(column, [&](int block, int half, int group) {
+        const uint32_t middle = middle_pair<T>((w_.zeros + base_[half])[group]);
+#pragma unroll
+        for (int i = 0; i < kEvery; ++i) middles[block - i][half] = middle;
+      });
+    }
+  }
+  template <int kEvery, class Scale>
+  __device__ void load_scales(int column) {
+    each<kEvery>(column, [&](int block, int half, int group) {
+      scales[block][half] = widen(reinterpret_cast<const Scale*>(scales_[half])[group]);
+    });
+  }
+  // f(block, half, group) of the last block of each group.
+  template <int kEvery, class F>
+  __device__ void each(int column, F&& f) {
+#pragma unroll
+    for (int block = kEvery - 1; block < kBlocks; block += kEvery) {
+      const int group = min((column + 32 * block) >> shift_, last_);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) f(block, half, group);
+    }
+  }
+
+  const QuantizedWeight& w_;
+  int shift_, last_, every_;
+  int64_t base_[2];
+  const char* scales_[2];
+};
 
 template <bool kFirst, class A>
 __device__ A& first_if(A& first, A& second) {
@@ -64,8 +180,9 @@ __device__ A& first_if(A& first, A& second) {
   return second;
 }
 
-template <class T, WeightFormat kFormat, int kTokens>
-__global__ void __launch_bounds__(kTokensThreads, 1) quantized_tokens_kernel(const __grid_constant__ QuantizedLinearArgs args) {
+template <class T, WeightFormat kFormat, int kTokens, bool kWide>
+__global__ void __launch_bounds__(kTokensThreads, 1)
+    quantized_tokens_kernel(const __grid_constant__ QuantizedLinearArgs args) {
   using S = Stage<kFormat, kTokens>;
   constexpr int kTiles = kTokens / 8, kBlocks = kTokensColumns / 32;
   constexpr bool kRowScales = kFormat == WeightFormat::kInt8;  // applied once, at the end
@@ -82,39 +199,20 @@ __global__ void __launch_bounds__(kTokensThreads, 1) quantized_tokens_kernel(con
   const int first_stage = static_cast<int>(int64_t{stages} * blockIdx.y / splits);
   const int steps = static_cast<int>(int64_t{stages} * (blockIdx.y + 1) / splits) - first_stage;
   const int first_row = static_cast<int>(blockIdx.x) * kTokensRows, row_of_warp = warp * 16 + g;
+  const Fetch<T, kFormat, kTokens, kWide> fetch(args, first_row);
   const auto fetch_step = [&](int step) {
     if (step < steps) {
-      fetch_stage<T, kFormat, kTokens>(shared + step % S::kStages * S::kBytes, args, first_row,
-                                       (first_stage + step) * kTokensColumns);
+      fetch(shared + step % S::kStages * S::kBytes, (first_stage + step) * kTokensColumns);
     } else {
       ptx::cp_async_commit();  // an empty group, so that as many are always behind the one waited for
     }
   };
-  // The rows of this lane are row_of_warp + 8 half.
-  const auto weight_row = [&](int half) { return min(first_row + row_of_warp + 8 * half, N - 1); };
 
+  Groups<T, kFormat> groups(args, first_row + row_of_warp);
   float sums[kTiles][4] = {};
   for (int step = 0; step < S::kStages - 1; ++step) fetch_step(step);
   for (int step = 0; step < steps; ++step) {
-    const int column = (first_stage + step) * kTokensColumns;
-    float scales[kBlocks][2];
-    uint32_t middles[kBlocks][2];
-    // Whether a group ends with this block of 32 columns; with the stage it does, or is done with it.
-    const auto ends = [&](int block) {
-      return block == kBlocks - 1 || (kFourBits<kFormat> && (block + 1) % (1 << min(args.group_shift - 5, 2)) == 0);
-    };
-    if constexpr (!kRowScales) {
-#pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        if (!kFourBits<kFormat> && block < kBlocks - 1) continue;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int64_t group = group_index<kFormat>(w, args.group_shift, weight_row(half), column + 32 * block);
-          if (ends(block)) scales[block][half] = scale_at<kFormat>(w, group);
-          middles[block][half] = middle_at<T, kFormat>(w, group);
-        }
-      }
-    }
+    if constexpr (!kRowScales) groups.load((first_stage + step) * kTokensColumns);
     ptx::cp_async_wait<S::kStages - 2>();
     __syncthreads();  // this stage is there for everybody, and nobody reads the one before any more
     fetch_step(step + S::kStages - 1);
@@ -130,7 +228,7 @@ __global__ void __launch_bounds__(kTokensThreads, 1) quantized_tokens_kernel(con
         const int row = row_of_warp + 8 * half;
         if constexpr (kFourBits<kFormat>) {
           const uint32_t word = *reinterpret_cast<const uint32_t*>(stage + S::weight_chunk(row, block) + 4 * t);
-          decode<T, kFormat>(word, middles[block][half], levels, pairs[half]);
+          decode<T, kFormat>(word, groups.middles[block][half], levels, pairs[half]);
         } else {
           const uint2 words =
               *reinterpret_cast<const uint2*>(stage + S::weight_chunk(row, 2 * block + t / 2) + t % 2 * 8);
@@ -148,12 +246,12 @@ __global__ void __launch_bounds__(kTokensThreads, 1) quantized_tokens_kernel(con
         ptx::mma_m16n8k16<T>(into[n], {pairs[0][2], pairs[1][2], pairs[0][3], pairs[1][3]}, late);
       }
       if constexpr (!kRowScales) {
-        if (ends(block)) {
+        if (groups.ends(block)) {
 #pragma unroll
           for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-              sums[n][e] = fmaf(parts[n][e], scales[block][e / 2], sums[n][e]);
+              sums[n][e] = fmaf(parts[n][e], groups.scales[block][e / 2], sums[n][e]);
               parts[n][e] = 0.0f;
             }
           }
@@ -188,22 +286,29 @@ __global__ void __launch_bounds__(kTokensThreads, 1) quantized_tokens_kernel(con
 
 template <class T, WeightFormat kFormat, int kTokens>
 struct Tokens {
-  static auto get() { return &quantized_tokens_kernel<T, kFormat, kTokens>; }
+  static auto get() { return &quantized_tokens_kernel<T, kFormat, kTokens, true>; }
+};
+template <class T, WeightFormat kFormat, int kTokens>
+struct AnyAlignment {
+  static auto get() { return &quantized_tokens_kernel<T, kFormat, kTokens, false>; }
 };
 
 template <class T>
-auto choose(WeightFormat format, int tokens) {
-  return tokens == 8    ? choose_format<Tokens, T, 8>(format)
-         : tokens == 16 ? choose_format<Tokens, T, 16>(format)
-         : tokens == 32 ? choose_format<Tokens, T, 32>(format)
-                        : choose_format<Tokens, T, 64>(format);
+auto choose(WeightFormat format, const QuantizedLinearPlan& plan) {
+  if (!plan.wide) {
+    return plan.tokens == 8 ? choose_format<AnyAlignment, T, 8>(format) : choose_format<AnyAlignment, T, 64>(format);
+  }
+  return plan.tokens == 8    ? choose_format<Tokens, T, 8>(format)
+         : plan.tokens == 16 ? choose_format<Tokens, T, 16>(format)
+         : plan.tokens == 32 ? choose_format<Tokens, T, 32>(format)
+                             : choose_format<Tokens, T, 64>(format);
 }
 
 }  // namespace
 
 const char* quantized_tokens(const QuantizedLinearArgs& args, const QuantizedLinearPlan& plan, void* stream) {
-  const auto kernel = args.p.dtype == DType::kFloat16 ? choose<__half>(args.p.weight.format, plan.tokens)
-                                                      : choose<__nv_bfloat16>(args.p.weight.format, plan.tokens);
+  const auto kernel = args.p.dtype == DType::kFloat16 ? choose<__half>(args.p.weight.format, plan)
+                                                      : choose<__nv_bfloat16>(args.p.weight.format, plan);
   return launch(kernel, args, plan.launch, stream);
 }
 

@@ -20,7 +20,8 @@ __device__ uint32_t int4_bytes(uint32_t codes, uint32_t zeros) {
 }
 
 template <class T, int kTokens>
-__global__ void __launch_bounds__(kInt8Threads, 1) quantized_w4a8_kernel(const __grid_constant__ QuantizedLinearArgs args) {
+__global__ void __launch_bounds__(kInt8Threads, 1)
+    quantized_w4a8_kernel(const __grid_constant__ QuantizedLinearArgs args) {
   using Tile = Int8Tile<kTokens>;
   constexpr WeightFormat kFormat = WeightFormat::kInt4;
   constexpr int kStage = Tile::kXBytes + kInt8Rows * kInt4RowBytes;
