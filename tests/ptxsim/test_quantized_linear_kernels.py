@@ -194,6 +194,7 @@ SCHEDULED = [
     QuantizedLinearCase("int4_32", 1, 40, 4500, torch.float32),
     QuantizedLinearCase("int4_128", 1, 40, 640, torch.bfloat16),
     QuantizedLinearCase("int8", 6, 20, 1100, torch.float32),
+    QuantizedLinearCase("int8", 6, 50, 2200, torch.float32),  # one block adds three slices of x
     QuantizedLinearCase("int4_zeros", 20, 40, 840, torch.bfloat16),
     QuantizedLinearCase("nf4_double", 40, 40, 650, torch.float16),
     QuantizedLinearCase("w8a8", 20, 140, 650, torch.bfloat16),

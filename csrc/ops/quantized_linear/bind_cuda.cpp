@@ -29,8 +29,9 @@ void check_fwd(const char* op, const QuantizedLinearFwdParams& p) {
     return;
   }
   TORCH_CHECK_VALUE(p.activations == Activations::kInt8, op, ": activations is fp8, expected int8 or nothing");
-  TORCH_CHECK_VALUE(w.K <= cuda::kQuantizedMostColumns, op, ": the weight has ", w.K, " columns, expected at most ",
-                    cuda::kQuantizedMostColumns, ": sums have 32 bits");
+  const int64_t most = w.format == WeightFormat::kInt8 ? cuda::kQuantizedMostColumns : cuda::kQuantizedMostSize;
+  TORCH_CHECK_VALUE(w.K <= most, op, ": the weight has ", w.K, " columns, expected at most ", most,
+                    ": sums have 32 bits");
 }
 
 at::Tensor quantized_linear_fwd(const at::Tensor& x, const at::Tensor& data, const at::Tensor& scales, Optional zeros,

@@ -1,6 +1,6 @@
-// Up to eight rows of fp32 x, which tensor cores would round, times a quantized weight. What counts is to read the weight
-// once: a warp owns a few of its rows, each lane has 16 bytes of each on their way while it adds the products of those
-// before, and x lies in shared memory, a slice of columns at a time.
+// Up to eight rows of fp32 x, which tensor cores would round, times a quantized weight. What counts is to read the
+// weight once: a warp owns a few of its rows, each lane has 16 bytes of each on their way while it adds the products of
+// those before, and x lies in shared memory, a slice of columns at a time.
 #include "common/cuda/launch.h"
 #include "common/cuda/reduce.cuh"
 #include "ops/quantized_linear/quantized_linear_decode.cuh"

@@ -8,10 +8,11 @@
 
 namespace llmkernels::cuda {
 
-constexpr int64_t kQuantizedMostRows = 64;       // of x with weights alone quantized: beyond, Triton's tiles are better
-constexpr int64_t kQuantizedMostFloatRows = 8;   // of fp32 x, which tensor cores would round
+// Of x with weights alone quantized, and of fp32 x, which tensor cores would round; op.py refuses more. With more rows,
+// those who read a weight again for each tile of x are no longer limited by its bytes.
+constexpr int64_t kQuantizedMostRows = 64, kQuantizedMostFloatRows = 8;
 constexpr int64_t kQuantizedMostSize = int64_t{1} << 30;  // rows and columns are 32-bit numbers in the kernels
-constexpr int64_t kQuantizedMostColumns = (int64_t{1} << 31) / (128 * 128) - 1;  // a sum of int8 products in 32 bits
+constexpr int64_t kQuantizedMostColumns = INT32_MAX / (127 * 127);  // of int8 with int8: their sum has 32 bits
 
 inline bool four_bits(WeightFormat format) { return format == WeightFormat::kInt4 || format == WeightFormat::kNf4; }
 
