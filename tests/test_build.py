@@ -45,8 +45,9 @@ def test_no_cuda_kernel_spills():
     kernels = resources.usage(_native.module("cuda").__file__)
     assert len(kernels) > 100
     assert [name for name, row in kernels.items() if row["STACK"] or row["LOCAL"]] == []
-    # Blocks of the others have up to 512 threads; attention's have 128, with as many registers as a thread can have.
-    large = [name for name, row in kernels.items() if row["REG"] > 128 and "attention" not in name]
+    # Blocks of the others have up to 512 threads; attention's have 128 and quantized_linear's 256 or 128, with as many
+    # registers as a thread can have.
+    large = [name for name, row in kernels.items() if row["REG"] > 128 and not re.search("attention|quantized", name)]
     assert large == [], "a block of 512 threads needs 128 or fewer"
 
 

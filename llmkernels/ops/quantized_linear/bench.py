@@ -34,9 +34,12 @@ def bench_cases(op: str, full: bool) -> list[QuantizedLinearCase]:
 
 
 def small(case: QuantizedLinearCase, elements: int) -> QuantizedLinearCase:
-    """A case of `bench_cases` with about so many elements in each tensor, for what is counted and not timed."""
+    """A case of `bench_cases` with about so many elements in the weight, for what is counted and not timed.
+
+    Its rows are few and long, so that kernels cut their sums into parts as they do for few rows of x on a large GPU.
+    """
     side = max(16, int(elements**0.5))
-    return cases.reshaped(case, (min(case.M, side), min(case.N, side), min(case.K, side)))
+    return cases.reshaped(case, (min(case.M, side), min(case.N, side // 8), min(case.K, side * 8)))
 
 
 def overhead_case(op: str) -> QuantizedLinearCase:

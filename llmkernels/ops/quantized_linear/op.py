@@ -155,15 +155,30 @@ def _public(input, data, scales, zeros, second_scales, order, bias, columns, *, 
 
 # --- backends, best first -------------------------------------------------------------------------------------------
 
+# Rows of x that the CUDA kernels of unrounded activations take: more belong on Triton's tiles, and of fp32 on FMAs that
+# share a weight among many rows.
+_MOST_ROWS, _MOST_FLOAT_ROWS = 64, 8
+
 
 def _refuses_fp64(x: Tensor, *_) -> str | None:
     return f"{OP} of float64 needs plain PyTorch" if x.dtype == torch.float64 else None
 
 
-_KERNELS = ("cpu", "torch", registry.PORTABLE)
+def _cuda_refuses(x, data, scales, zeros, second_scales, bias, format, group_size, activations) -> str | None:
+    if x.dtype == torch.float64:
+        return _refuses_fp64(x)
+    if group_size not in (0, 32, 64, 128):
+        return f"group_size is {group_size}, not 32, 64, 128 or the whole row"
+    if activations:
+        return None if activations == "int8" else f"{activations} activations have no CUDA kernel"
+    most = _MOST_FLOAT_ROWS if x.dtype == torch.float32 else _MOST_ROWS
+    return f"input has {x.shape[0]} rows, more than {most}" if x.shape[0] > most else None
+
+
+_KERNELS = ("cuda", "cpu", "torch", registry.PORTABLE)
 _backends = _op.backends(
     OP, "quantized_linear_fwd", "quantized_linear_bwd", reference.linear_fwd, reference.linear_bwd,
-    refuse={"cpu": _refuses_fp64},
+    refuse={"cuda": _cuda_refuses, "cpu": _refuses_fp64},
 )  # fmt: skip
 registry.register(OP, *(backend for backend in _backends if backend.name in _KERNELS))
 

@@ -1,0 +1,39 @@
+// Host launchers of the CUDA kernels of quantized_linear: planned params in, CUDA's error sentence out (null for none).
+#pragma once
+
+#include "ops/quantized_linear/quantized_linear_plan.h"
+
+namespace llmkernels::cuda {
+
+// Memory that the binding allocates for a call.
+struct QuantizedWorkspace {
+  void* partial = nullptr;     // [splits, M, N] float, or int32 of int8 with rounded activations; null with one part
+  int8_t* rounded = nullptr;   // [M, rounded_pitch(K)], zeros beyond K; see kRoundedBlock
+  float* x_scales = nullptr;   // [M]
+};
+
+// What the kernels of a forward are told.
+struct QuantizedLinearArgs {
+  QuantizedLinearFwdParams p;
+  QuantizedWorkspace work;
+  int weight_unit, x_unit, group_shift;
+};
+
+struct QuantizedLinearBwdArgs {
+  QuantizedLinearBwdParams p;
+  int weight_unit, dy_unit, group_shift, column_blocks;
+};
+
+const char* quantized_linear_fwd(const QuantizedLinearFwdParams& params, const QuantizedLinearPlan& plan,
+                                 const QuantizedWorkspace& work, void* stream);
+const char* quantized_linear_bwd(const QuantizedLinearBwdParams& params, const QuantizedLinearBwdPlan& plan,
+                                 void* stream);
+
+// The parts of a forward; each for plans of its way.
+const char* quantized_matvec(const QuantizedLinearArgs& args, const QuantizedLinearPlan& plan, void* stream);
+const char* quantized_tokens(const QuantizedLinearArgs& args, const QuantizedLinearPlan& plan, void* stream);
+const char* quantized_round_rows(const QuantizedLinearArgs& args, void* stream);
+const char* quantized_int8(const QuantizedLinearArgs& args, const QuantizedLinearPlan& plan, void* stream);
+const char* quantized_w4a8(const QuantizedLinearArgs& args, const QuantizedLinearPlan& plan, void* stream);
+
+}  // namespace llmkernels::cuda

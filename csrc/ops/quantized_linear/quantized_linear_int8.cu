@@ -1,0 +1,200 @@
+// Activations rounded to int8, a row at a time, and their product with int8 weights on tensor cores: sums of integers,
+// exact, which meet both scales at the end. The product with int4 weights is in quantized_linear_w4a8.cu.
+#include "common/cuda/launch.h"
+#include "common/cuda/reduce.cuh"
+#include "ops/quantized_linear/quantized_linear_int8.cuh"
+
+namespace llmkernels::cuda {
+namespace {
+
+// ---- rows of x ----
+
+// Over all threads of the block.
+__device__ uint32_t block_max(uint32_t value) {
+  __shared__ uint32_t of_warp[kRoundThreads / kWarpSize];
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value = max(value, __shfl_xor_sync(kFullWarp, value, offset));
+  }
+  if (threadIdx.x % kWarpSize == 0) of_warp[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+#pragma unroll
+  for (int warp = 0; warp < kRoundThreads / kWarpSize; ++warp) value = max(value, of_warp[warp]);
+  return value;
+}
+
+// Neighbours `first` and on, as the product with int4 wants them: of 32 columns the even ones before the odd ones.
+template <int kVec>
+__device__ void store_apart(int8_t* row, int first, const Vec<int8_t, kVec>& vector) {
+  Vec<int8_t, kVec / 2> half[2];
+#pragma unroll
+  for (int e = 0; e < kVec; ++e) half[e % 2].at[e / 2] = vector.at[e];
+  const int even = first / kRoundedBlock * kRoundedBlock + first % kRoundedBlock / 2;
+#pragma unroll
+  for (int odd = 0; odd < 2; ++odd) {
+    *reinterpret_cast<Vec<int8_t, kVec / 2>*>(row + even + odd * kRoundedBlock / 2) = half[odd];
+  }
+}
+
+// One block to a row. Threads own vectors of columns, in both passes the same ones; the row comes from L1 the second
+// time, or from L2 if it is long.
+template <class T>
+__global__ void __launch_bounds__(kRoundThreads)
+    quantized_round_kernel(const __grid_constant__ QuantizedLinearArgs args) {
+  constexpr int kVec = kVectorBytes / static_cast<int>(sizeof(T));
+  const int row = static_cast<int>(blockIdx.x), K = static_cast<int>(args.p.weight.K);
+  const int pitch = (K + kRoundedBlock - 1) / kRoundedBlock * kRoundedBlock;  // rounded_pitch
+  const bool apart = args.p.weight.format == WeightFormat::kInt4;
+  const T* const x = static_cast<const T*>(args.p.x) + row * args.p.x_row_stride;
+  const bool wide = args.x_unit == kVectorBytes;
+  const auto columns = [&](int first) {
+    Vec<T, kVec> vector;
+    if (wide && first + kVec <= K) {
+      vector = load<T, kVec>(x, first / kVec);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) vector.at[e] = first + e < K ? x[first + e] : narrow<T>(0.0f);
+    }
+    return vector;
+  };
+  // The bits of magnitudes are in the order of the magnitudes, those of infinity and then NaN last.
+  uint32_t most = 0;
+  for (int first = static_cast<int>(threadIdx.x) * kVec; first < K; first += kRoundThreads * kVec) {
+    const auto vector = columns(first);
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) most = max(most, __float_as_uint(widen(vector.at[e])) & 0x7fffffffu);
+  }
+  most = block_max(most);
+  const bool finite = most < 0x7f800000u;
+  float scale = __fdiv_rn(__uint_as_float(most), 127.0f);
+  if (scale == 0.0f) scale = 1.0f;
+  if (threadIdx.x == 0) args.work.x_scales[row] = finite ? scale : NAN;
+  for (int first = static_cast<int>(threadIdx.x) * kVec; first < pitch; first += kRoundThreads * kVec) {
+    const auto vector = columns(first);
+    Vec<int8_t, kVec> rounded;
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) {
+      // A subnormal scale may be so coarse that a quotient is beyond 127.
+      const int value = finite ? __float2int_rn(__fdiv_rn(widen(vector.at[e]), scale)) : 0;
+      rounded.at[e] = static_cast<int8_t>(min(max(value, -127), 127));
+    }
+    int8_t* const out = args.work.rounded + int64_t{row} * pitch;
+    if (apart) {
+      store_apart(out, first, rounded);
+    } else {
+      store(out, first / kVec, rounded);
+    }
+  }
+}
+
+// ---- the product ----
+
+template <class T, int kTokens>
+__global__ void __launch_bounds__(kInt8Threads, 1)
+    quantized_int8_kernel(const __grid_constant__ QuantizedLinearArgs args) {
+  using Tile = Int8Tile<kTokens>;
+  constexpr int kStage = Tile::kXBytes + kInt8Rows * kInt8Columns;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const QuantizedLinearFwdParams& p = args.p;
+  const QuantizedWeight& w = p.weight;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int M = static_cast<int>(p.M), N = static_cast<int>(w.N), K = static_cast<int>(w.K);
+  const int pitch = (K + kRoundedBlock - 1) / kRoundedBlock * kRoundedBlock;
+  // Blocks side by side share rows of the weight: these are read from memory once, however many rows x has.
+  const int token_blocks = (M + kTokens - 1) / kTokens;
+  const int first_token = static_cast<int>(blockIdx.x) % token_blocks * kTokens;
+  const int first_row = static_cast<int>(blockIdx.x) / token_blocks * kInt8Rows;
+  const int token_of_warp = warp / Tile::kAcross * 16 * Tile::kRowTiles;
+  const int row_of_warp = warp % Tile::kAcross * 8 * Tile::kTiles;
+
+  const int stages = (K + kInt8Columns - 1) / kInt8Columns, splits = static_cast<int>(gridDim.y);
+  const int first_stage = static_cast<int>(int64_t{stages} * blockIdx.y / splits);
+  const int steps = static_cast<int>(int64_t{stages} * (blockIdx.y + 1) / splits) - first_stage;
+  const auto fetch_step = [&](int step) {
+    if (step < steps) {
+      unsigned char* const stage = shared + step % kInt8Stages * kStage;
+      const int column = (first_stage + step) * kInt8Columns;
+      fetch_rows<kTokens>(stage, args.work.rounded, first_token, M, column, pitch, pitch, kVectorBytes);
+      fetch_rows<kInt8Rows>(stage + Tile::kXBytes, w.data, first_row, N, column, K, K, args.weight_unit);
+    }
+    ptx::cp_async_commit();
+  };
+
+  int32_t sums[Tile::kRowTiles][Tile::kTiles][4] = {};
+  for (int step = 0; step < kInt8Stages - 1; ++step) fetch_step(step);
+  for (int step = 0; step < steps; ++step) {
+    ptx::cp_async_wait<kInt8Stages - 2>();
+    __syncthreads();  // this stage is there for everybody, and nobody reads the one before any more
+    fetch_step(step + kInt8Stages - 1);
+    const uint32_t x_tile = ptx::shared_address(shared + step % kInt8Stages * kStage);
+    const uint32_t weight_tile = x_tile + Tile::kXBytes;
+#pragma unroll
+    for (int chunk = 0; chunk < kInt8Columns / kVectorBytes; chunk += 2) {
+      uint32_t left[Tile::kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < Tile::kRowTiles; ++m) {
+        ptx::ldmatrix_x4(left[m], x_tile + int8_chunk(token_of_warp + m * 16 + lane % 16, chunk + lane / 16));
+      }
+#pragma unroll
+      for (int n = 0; n < Tile::kTiles; n += 2) {
+        uint32_t right[4];
+        const int row = row_of_warp + n * 8 + lane / 16 * 8 + lane % 8;
+        ptx::ldmatrix_x4(right, weight_tile + int8_chunk(row, chunk + lane / 8 % 2));
+#pragma unroll
+        for (int m = 0; m < Tile::kRowTiles; ++m) {
+          ptx::mma_m16n8k32_s8(sums[m][n], left[m], {right[0], right[1]});
+          ptx::mma_m16n8k32_s8(sums[m][n + 1], left[m], {right[2], right[3]});
+        }
+      }
+    }
+  }
+  ptx::cp_async_wait<0>();
+
+#pragma unroll
+  for (int n = 0; n < Tile::kTiles; ++n) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const int row = first_row + row_of_warp + n * 8 + lane % 4 * 2 + side;
+      if (row >= N) continue;
+      const float scale = static_cast<const float*>(w.scales)[row];
+      const float bias = p.bias == nullptr ? 0.0f : widen(static_cast<const T*>(p.bias)[row]);
+#pragma unroll
+      for (int m = 0; m < 2 * Tile::kRowTiles; ++m) {
+        const int token = first_token + token_of_warp + m * 8 + lane / 4;
+        if (token >= M) continue;
+        const int32_t sum = sums[m / 2][n][m % 2 * 2 + side];
+        if (splits > 1) {
+          static_cast<int32_t*>(args.work.partial)[(int64_t{blockIdx.y} * M + token) * N + row] = sum;
+        } else {
+          const float y = static_cast<float>(sum) * (args.work.x_scales[token] * scale);
+          static_cast<T*>(p.y)[int64_t{token} * N + row] = narrow<T>(y + bias);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+auto choose(int tokens) {
+  return tokens == 16   ? &quantized_int8_kernel<T, 16>
+         : tokens == 64 ? &quantized_int8_kernel<T, 64>
+                        : &quantized_int8_kernel<T, 128>;
+}
+
+}  // namespace
+
+const char* quantized_round_rows(const QuantizedLinearArgs& args, void* stream) {
+  const auto kernel = args.p.dtype == DType::kFloat32   ? &quantized_round_kernel<float>
+                      : args.p.dtype == DType::kFloat16 ? &quantized_round_kernel<__half>
+                                                        : &quantized_round_kernel<__nv_bfloat16>;
+  return launch(kernel, args, plan_round_rows(args.p.M), stream);
+}
+
+const char* quantized_int8(const QuantizedLinearArgs& args, const QuantizedLinearPlan& plan, void* stream) {
+  const auto kernel = args.p.dtype == DType::kFloat32   ? choose<float>(plan.tokens)
+                      : args.p.dtype == DType::kFloat16 ? choose<__half>(plan.tokens)
+                                                        : choose<__nv_bfloat16>(plan.tokens);
+  return launch(kernel, args, plan.launch, stream);
+}
+
+}  // namespace llmkernels::cuda
