@@ -49,6 +49,10 @@ _op.define_kernel(
     _portable_bwd,
 )
 
+_op.lazy_triton(
+    "llmkernels.ops.quantized_linear.triton_kernels", ("quantized_linear_fwd", "quantized_linear_bwd")
+)
+
 # --- autograd -------------------------------------------------------------------------------------------------------
 
 
@@ -155,8 +159,16 @@ def _public(input, data, scales, zeros, second_scales, order, bias, columns, *, 
 
 # --- backends, best first -------------------------------------------------------------------------------------------
 
-_KERNELS = ("torch", registry.PORTABLE)
-_backends = _op.backends(OP, "quantized_linear_fwd", "quantized_linear_bwd", reference.linear_fwd, reference.linear_bwd)
+
+
+def _kernels_refuse(x, *_) -> str | None:
+    return "fp64 runs on torch alone" if x.dtype == torch.float64 else None
+
+
+_KERNELS = ("triton", "torch", registry.PORTABLE)
+_REFUSE = dict.fromkeys(("cuda", "triton", "cpu"), _kernels_refuse)
+_NAMES = ("quantized_linear_fwd", "quantized_linear_bwd")
+_backends = _op.backends(OP, *_NAMES, reference.linear_fwd, reference.linear_bwd, refuse=_REFUSE)
 registry.register(OP, *(backend for backend in _backends if backend.name in _KERNELS))
 
 _op.define_public(
