@@ -34,6 +34,15 @@ def add_product(w, x, acc):
 
 
 @triton.jit
+def compensated(acc, part, lost):
+    """(acc + part, what that sum has too much), where `lost` is what the sum before had too much (Kahan 1965): for x in
+    fp32, where a long sum would otherwise have a larger error than that of libraries, which add in several chains."""
+    part = part - lost
+    total = acc + part
+    return total, (total - acc) - part
+
+
+@triton.jit
 def finished(sums, x_scales_ptr, scales_ptr, bias_ptr, m, n, m_mask, n_mask):
     """Sums in fp32, times the scales of rows of x and of the weight where there are any, plus bias. m and n broadcast
     to a tile."""
@@ -102,6 +111,7 @@ def _quantized_linear_fwd_kernel(
     scales = load_scales(scales_ptr, second_ptr, at, n_mask)
     zeros = load_zeros(zeros_ptr, at, n_mask)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32 if SCALING == "sums" else SUM)
+    lost = acc
     for k in tl.range(first, last, BLOCK_K, num_stages=STAGES):
         x = tl.load(x_rows + (k + cols)[None, :], mask=(m < M)[:, None] & (k + cols < K)[None, :], other=0)
         byte = k // PACKED + places
@@ -117,7 +127,7 @@ def _quantized_linear_fwd_kernel(
         if X == tl.uint8:
             x = x.to(TYPE, bitcast=True)
         sums = acc
-        if SCALING == "sums":
+        if SCALING == "sums" or X == tl.float32:
             sums = tl.zeros([BLOCK_N, BLOCK_M], SUM)
         if PACKED == 2:
             even, odd = tl.split(tl.reshape(x, [BLOCK_M, BYTES, 2]))
@@ -133,7 +143,11 @@ def _quantized_linear_fwd_kernel(
                 w = (w.to(tl.float32) * scales[:, None]).to(TYPE)
             sums = add_product(w, x, sums)
         if SCALING == "sums":
-            acc += sums.to(tl.float32) * scales[:, None]
+            sums = sums.to(tl.float32) * scales[:, None]
+        if X == tl.float32:
+            acc, lost = compensated(acc, sums, lost)
+        elif SCALING == "sums":
+            acc += sums
         else:
             acc = sums
         scales = next_scales

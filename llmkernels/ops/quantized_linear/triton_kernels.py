@@ -30,10 +30,9 @@ ROWS_BLOCK = 2048
 def fwd_tiles(M: int, itemsize: int, format: str, group: int) -> tuple[int, int, int, int, int]:
     """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of the forward for M rows of x, of so many bytes an element."""
     block_m = 16 if M <= 16 else 32 if M <= 32 else 64 if M <= 64 else 128
-    block_k = group or (64 if itemsize == 4 else 128)
     if itemsize == 4:
-        return min(block_m, 64), 64, min(block_k, 64), 4, 2
-    return block_m, 128, block_k, 8 if block_m == 128 else 4, 3 if block_m == 128 else 4
+        return min(block_m, 64), 64, 32, 4, 2
+    return block_m, 128, group or 128, 8 if block_m == 128 else 4, 3 if block_m == 128 else 4
 
 
 def bwd_tiles(M: int, itemsize: int, format: str) -> tuple[int, int, int, int, int]:
