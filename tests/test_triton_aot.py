@@ -31,6 +31,7 @@ def test_all_kernels_and_architectures_compiled(compiled):
     kernels |= {"_activation_fwd_kernel", "_activation_bwd_kernel"}
     kernels |= {"_cross_entropy_fwd_kernel", "_cross_entropy_bwd_kernel"}
     kernels |= {"_lstm_cell_fwd_kernel", "_lstm_cell_bwd_kernel"}
+    kernels |= {f"_quantized_linear_{name}_kernel" for name in ("fwd", "bwd", "rows", "sum")}
     assert {(row["kernel"], row["capability"]) for row in compiled} == {(k, c) for k in kernels for c in (80, 90, 100)}
 
 
@@ -40,6 +41,10 @@ def test_no_spills_and_shared_memory_within_limits(compiled):
     for row in compiled:
         assert row["STACK"] == 0 and row["LOCAL"] == 0, row
         assert row["shared"] <= SHARED_LIMIT[row["capability"]], row
+
+
+def test_products_in_fp32_are_not_rounded_to_tf32(compiled):
+    assert [row for row in compiled if row["tf32"]] == []
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="triton: test_long_rows covers this on a GPU")

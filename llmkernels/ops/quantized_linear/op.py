@@ -49,9 +49,7 @@ _op.define_kernel(
     _portable_bwd,
 )
 
-_op.lazy_triton(
-    "llmkernels.ops.quantized_linear.triton_kernels", ("quantized_linear_fwd", "quantized_linear_bwd")
-)
+_op.lazy_triton("llmkernels.ops.quantized_linear.triton_kernels", ("quantized_linear_fwd", "quantized_linear_bwd"))
 
 # --- autograd -------------------------------------------------------------------------------------------------------
 
@@ -158,7 +156,6 @@ def _public(input, data, scales, zeros, second_scales, order, bias, columns, *, 
 
 
 # --- backends, best first -------------------------------------------------------------------------------------------
-
 
 
 def _kernels_refuse(x, *_) -> str | None:

@@ -40,16 +40,19 @@ def _quantized_linear_bwd_kernel(
     GROUP: tl.constexpr,  # columns; 0: the whole row
     SCALE_ROWS: tl.constexpr,  # rows of the weight that share scales
     PARTS: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,  # the GPU has e4m3: from compute capability 8.9 on
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     T: tl.constexpr = dy_ptr.dtype.element_ty
-    TYPE: tl.constexpr = tl.float32 if INTERPRETED and T == tl.bfloat16 else T
+    TYPE: tl.constexpr = tl.float32 if INTERPRETED and tl.bfloat16 == T else T
+    # What is multiplied by a scale in fp32 need not be rounded on the way there.
+    DECODED: tl.constexpr = tl.float32 if FORMAT == "fp8" else TYPE
     PACKED: tl.constexpr = 2 if FORMAT == "int4" or FORMAT == "nf4" else 1  # codes of a byte
     BYTES: tl.constexpr = BLOCK_K // PACKED
-    GROUPS: tl.constexpr = BLOCK_K // GROUP if 0 < GROUP and GROUP < BLOCK_K else 1  # of the tile
+    GROUPS: tl.constexpr = BLOCK_K // GROUP if GROUP > 0 and GROUP < BLOCK_K else 1  # of the tile
     m_block, k_block = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K))
     m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     lanes = tl.arange(0, BLOCK_N)
@@ -76,12 +79,12 @@ def _quantized_linear_bwd_kernel(
         scales = _spread(load_scales(scales_ptr, second_ptr, at, mask), BYTES)
         zeros = _spread(load_zeros(zeros_ptr, at, mask), BYTES)
         if PACKED == 2:
-            low = (decoded(packed & 15, zeros, table, FORMAT, TYPE).to(tl.float32) * scales).to(TYPE)
-            high = (decoded(packed >> 4, zeros, table, FORMAT, TYPE).to(tl.float32) * scales).to(TYPE)
+            low = (decoded(packed & 15, zeros, table, FORMAT, TYPE, NATIVE_FP8).to(tl.float32) * scales).to(TYPE)
+            high = (decoded(packed >> 4, zeros, table, FORMAT, TYPE, NATIVE_FP8).to(tl.float32) * scales).to(TYPE)
             acc = dot(dy, low, acc)
             odd = dot(dy, high, odd)
         else:
-            w = decoded(packed, zeros, table, FORMAT, TYPE).to(tl.float32) * scales
+            w = decoded(packed, zeros, table, FORMAT, DECODED, NATIVE_FP8).to(tl.float32) * scales
             acc = dot(dy, w.to(TYPE), acc)
     if PACKED == 2:
         acc = tl.reshape(tl.join(acc, odd), [BLOCK_M, BLOCK_K])

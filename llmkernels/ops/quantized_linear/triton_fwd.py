@@ -81,14 +81,18 @@ def _quantized_linear_fwd_kernel(
     SCALE_ROWS: tl.constexpr,  # rows of the weight that share scales
     SCALING: tl.constexpr,  # what is multiplied by the scales: "weights", "sums" of a group, sums at the "end"
     PARTS: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,  # the GPU has e4m3: from compute capability 8.9 on
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     X: tl.constexpr = x_ptr.dtype.element_ty
-    TYPE: tl.constexpr = (tl.float8e4nv if X == tl.uint8 else tl.float32 if INTERPRETED and X == tl.bfloat16 else X)  # fmt: skip
-    SUM: tl.constexpr = tl.int32 if X == tl.int8 else tl.float32
+    NUMBER: tl.constexpr = tl.float32 if INTERPRETED and tl.bfloat16 == X else X
+    TYPE: tl.constexpr = tl.float8e4nv if tl.uint8 == X else NUMBER
+    # What is multiplied by a scale in fp32 need not be rounded on the way there.
+    DECODED: tl.constexpr = tl.float32 if FORMAT == "fp8" and SCALING == "weights" else TYPE
+    SUM: tl.constexpr = tl.int32 if tl.int8 == X else tl.float32
     PACKED: tl.constexpr = 2 if FORMAT == "int4" or FORMAT == "nf4" else 1  # codes of a byte
     BYTES: tl.constexpr = BLOCK_K // PACKED
     m_block, n_block = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
@@ -124,27 +128,27 @@ def _quantized_linear_fwd_kernel(
             mask = n_mask & (group < groups)
             next_scales = load_scales(scales_ptr, second_ptr, scale_rows + group, mask)
             next_zeros = load_zeros(zeros_ptr, scale_rows + group, mask)
-        if X == tl.uint8:
+        if tl.uint8 == X:
             x = x.to(TYPE, bitcast=True)
         sums = acc
-        if SCALING == "sums" or X == tl.float32:
+        if SCALING == "sums" or tl.float32 == X:
             sums = tl.zeros([BLOCK_N, BLOCK_M], SUM)
         if PACKED == 2:
             even, odd = tl.split(tl.reshape(x, [BLOCK_M, BYTES, 2]))
-            low = decoded(packed & 15, zeros[:, None], table, FORMAT, TYPE)
-            high = decoded(packed >> 4, zeros[:, None], table, FORMAT, TYPE)
+            low = decoded(packed & 15, zeros[:, None], table, FORMAT, TYPE, NATIVE_FP8)
+            high = decoded(packed >> 4, zeros[:, None], table, FORMAT, TYPE, NATIVE_FP8)
             if SCALING == "weights":
                 low = (low.to(tl.float32) * scales[:, None]).to(TYPE)
                 high = (high.to(tl.float32) * scales[:, None]).to(TYPE)
             sums = add_product(high, odd, add_product(low, even, sums))
         else:
-            w = decoded(packed, zeros[:, None], table, FORMAT, TYPE)
+            w = decoded(packed, zeros[:, None], table, FORMAT, DECODED, NATIVE_FP8)
             if SCALING == "weights":
                 w = (w.to(tl.float32) * scales[:, None]).to(TYPE)
             sums = add_product(w, x, sums)
         if SCALING == "sums":
             sums = sums.to(tl.float32) * scales[:, None]
-        if X == tl.float32:
+        if tl.float32 == X:
             acc, lost = compensated(acc, sums, lost)
         elif SCALING == "sums":
             acc += sums

@@ -7,7 +7,6 @@ import torch
 import triton
 from torch import Tensor
 
-from llmkernels._dtypes import accumulate_dtype
 from llmkernels._triton import as_rows
 from llmkernels.ops.quantized_linear.triton_bwd import _quantized_linear_bwd_kernel
 from llmkernels.ops.quantized_linear.triton_fwd import _quantized_linear_fwd_kernel, _quantized_linear_sum_kernel
@@ -24,23 +23,40 @@ GROUP_SIZES = {"int8": (0,), "fp8": (0, fp8.BLOCK), "int4": (0, 32, 64, 128), "n
 PART_COLUMNS = 512
 PROGRAMS = 264
 SUM_BLOCK = 512
+# Of the left operand of a product in fp32. From 64 on Triton 3.7 takes tf32 for it on sm_100, whatever is asked for.
+FP32_ROWS = 32
 ROWS_BLOCK = 2048
+
+
+def _block_m(M: int) -> int:
+    return 16 if M <= 16 else 32 if M <= 32 else 64 if M <= 64 else 128
 
 
 def fwd_tiles(M: int, itemsize: int, format: str, group: int) -> tuple[int, int, int, int, int]:
     """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of the forward for M rows of x, of so many bytes an element."""
-    block_m = 16 if M <= 16 else 32 if M <= 32 else 64 if M <= 64 else 128
+    block_m = _block_m(M)
+    warps, stages = (8, 3) if block_m == 128 else (4, 4)
     if itemsize == 4:
-        return min(block_m, 64), 64, 32, 4, 2
-    return block_m, 128, group or 128, 8 if block_m == 128 else 4, 3 if block_m == 128 else 4
+        return block_m, FP32_ROWS, 32, warps, 2
+    block_k = group or 128
+    if block_m >= 64 and (format in FOUR_BITS or itemsize != 1):  # a weight that is decoded takes registers
+        block_k = min(block_k, 64)
+        stages = 2 if itemsize == 1 or format == "nf4" else stages
+    return block_m, 128, block_k, warps, stages
 
 
-def bwd_tiles(M: int, itemsize: int, format: str) -> tuple[int, int, int, int, int]:
+def bwd_tiles(M: int, itemsize: int, group: int) -> tuple[int, int, int, int, int]:
     """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of the backward."""
-    block_m = 16 if M <= 16 else 32 if M <= 32 else 64 if M <= 64 else 128
+    block_m = _block_m(M)
     if itemsize == 4:
-        return min(block_m, 64), 32, 64, 4, 2
-    return block_m, 64, 128, 8 if block_m == 128 else 4, 3
+        return min(block_m, FP32_ROWS), 32, 64, 4, 2
+    # On sm_80 each warp decodes for itself, and scales of several groups take registers too.
+    return block_m, 32 if 0 < group < 128 and block_m >= 64 else 64, 128, 8 if block_m == 128 else 4, 3
+
+
+def rows_warps(block: int) -> int:
+    """Of the kernel that rounds activations: eight columns a thread."""
+    return max(block // 256, 1)
 
 
 def parts(tiles: int, length: int, whole: int) -> int:
@@ -60,8 +76,8 @@ def scaling(format: str, group: int, plain: bool, block_m: int, is_fp8_product: 
     return "sums" if not plain or block_m <= 32 else "weights"
 
 
-def has_fp8_products(x: Tensor) -> bool:
-    """Whether the GPU of x multiplies numbers of fp8."""
+def has_fp8(x: Tensor) -> bool:
+    """Whether the GPU of x has e4m3."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
 
 
@@ -94,9 +110,8 @@ def _rounded(x: Tensor, row_stride: int, activations: str, to: torch.dtype) -> t
     values = torch.empty(M, K, dtype=to, device=x.device)
     scales = torch.empty(M, dtype=torch.float32, device=x.device)
     block = min(max(triton.next_power_of_2(K), 128), ROWS_BLOCK)
-    _quantized_linear_rows_kernel[(M,)](
-        x, values, scales, K, row_stride, FP8=activations == "fp8", BLOCK=block, num_warps=block // 128 if block < 1024 else 8
-    )
+    is_fp8, warps = activations == "fp8", rows_warps(block)
+    _quantized_linear_rows_kernel[(M,)](x, values, scales, K, row_stride, FP8=is_fp8, BLOCK=block, num_warps=warps)
     return values, scales
 
 
@@ -116,9 +131,10 @@ def quantized_linear_fwd(x, data, scales, zeros, second_scales, bias, format, gr
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
         x, row_stride = as_rows(x, M, K)
-        x_scales, narrow = None, x.dtype != torch.float32
+        x_scales, native = None, has_fp8(x)
         if activations:
-            is_fp8_product = activations == "fp8" and narrow and has_fp8_products(x)
+            # Not for fp32, which expects sums in fp32.
+            is_fp8_product = activations == "fp8" and native and x.dtype != torch.float32
             # A product of int8 has 32 columns at least, and a group of 32 half of them on each side of a byte.
             to = torch.int8 if activations == "int8" and (format == "int8" or group_size != 32) else torch.float16
             x, x_scales = _rounded(x, row_stride, activations, torch.uint8 if is_fp8_product else to)
@@ -134,7 +150,7 @@ def quantized_linear_fwd(x, data, scales, zeros, second_scales, bias, format, gr
             to = torch.empty(splits, M, weight.N, dtype=kind, device=x.device)
         _quantized_linear_fwd_kernel[(tiles, splits)](
             x_ptr=x, x_scales_ptr=x_scales, bias_ptr=bias, y_ptr=to, M=M, x_row=row_stride, split=split,
-            **weight.arguments, SCALING=how, PARTS=splits > 1,
+            **weight.arguments, SCALING=how, PARTS=splits > 1, NATIVE_FP8=native,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=stages, num_warps=warps,
         )  # fmt: skip
         if splits > 1:
@@ -149,16 +165,98 @@ def quantized_linear_bwd(dy, data, scales, zeros, second_scales, columns, format
     if dx.numel() == 0:
         return dx
     with torch.cuda.device_of(dy):
+        native = has_fp8(dy)
         dy, row_stride = as_rows(dy, M, N)
-        block_m, block_n, block_k, warps, stages = bwd_tiles(M, dy.element_size(), format)
+        block_m, block_n, block_k, warps, stages = bwd_tiles(M, dy.element_size(), group_size)
         tiles = triton.cdiv(M, block_m) * triton.cdiv(columns, block_k)
         split = parts(tiles, N, block_n)
         splits = max(triton.cdiv(N, split), 1)
         to = dx if splits == 1 else torch.empty(splits, M, columns, dtype=torch.float32, device=dy.device)
         _quantized_linear_bwd_kernel[(tiles, splits)](
-            dy_ptr=dy, dx_ptr=to, M=M, dy_row=row_stride, split=split, **weight.arguments, PARTS=splits > 1,
+            dy_ptr=dy, dx_ptr=to, M=M, dy_row=row_stride, split=split,
+            **weight.arguments, PARTS=splits > 1, NATIVE_FP8=native,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=stages, num_warps=warps,
         )  # fmt: skip
         if splits > 1:
             _sum(to, None, None, None, dx)
     return dx
+
+
+# --- for testing/triton_aot.py ----------------------------------------------------------------------------------------
+
+_TYPES = {"x_scales_ptr": "fp32", "second_ptr": "fp32", "zeros_ptr": "*u8", "parts_ptr": "fp32"}
+_NATIVE = 90  # of the architectures that are compiled for, the first with e4m3
+
+
+def _weight_constants(format: str, group: int, scales: str, zeros: bool) -> tuple[dict, dict]:
+    """(types of pointers, constants) that a weight's arguments have."""
+    constants = {"FORMAT": format, "GROUP": group, "SCALE_ROWS": fp8.BLOCK if format == "fp8" and group else 1}
+    constants |= {} if zeros else {"zeros_ptr": None}
+    constants |= {} if scales == "*i8" else {"second_ptr": None}
+    return _TYPES | {"data_ptr": "*i8" if format == "int8" else "*u8", "scales_ptr": scales}, constants
+
+
+def _configuration(kernel, types: dict, constants: dict, warps: int, least: int = 0):
+    found = [types.get(name, "i32") for name in kernel.arg_names if name not in constants]
+    return kernel, found, constants, warps, least
+
+
+def _fwd_configuration(M, x, T, format, group, scales="fp32", zeros=False, activations=False, parts=False, least=0):
+    """Of x as the kernel has it, in the type `x`, and bias and y in `T`."""
+    itemsize = {"*i8": 1, "*u8": 1, "fp32": 4}.get(x, 2)
+    block_m, block_n, block_k, warps, stages = fwd_tiles(M, itemsize, format, group)
+    how = scaling(format, group, not activations, block_m, x == "*u8")
+    types, constants = _weight_constants(format, group, scales, zeros)
+    types |= {"x_ptr": x, "bias_ptr": T, "y_ptr": T}
+    if parts:
+        types["y_ptr"] = "*i32" if x == "*i8" and how == "end" else "fp32"
+    constants |= {"SCALING": how, "PARTS": parts, "NATIVE_FP8": least >= _NATIVE}
+    constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "STAGES": stages}
+    constants |= {} if activations else {"x_scales_ptr": None}
+    return _configuration(_quantized_linear_fwd_kernel, types, constants, warps, least)
+
+
+def _bwd_configuration(M, T, format, group, scales="fp32", zeros=False, parts=False, least=0):
+    block_m, block_n, block_k, warps, stages = bwd_tiles(M, 4 if T == "fp32" else 2, group)
+    types, constants = _weight_constants(format, group, scales, zeros)
+    types |= {"dy_ptr": T, "dx_ptr": "fp32" if parts else T}
+    constants |= {"PARTS": parts, "NATIVE_FP8": least >= _NATIVE}
+    constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "STAGES": stages}
+    return _configuration(_quantized_linear_bwd_kernel, types, constants, warps, least)
+
+
+def configurations():
+    """Every tile with the formats that need most registers, and every format, activation and type at least once."""
+    fwd, bwd = _fwd_configuration, _bwd_configuration
+    for index, M in enumerate((1, 32, 64, 1024)):
+        T = ("bf16", "fp16")[index % 2]
+        yield fwd(M, T, T, "int4", 128, "bf16", zeros=True, parts=M == 1)
+        yield fwd(M, T, T, "nf4", 64, "*i8")
+        yield fwd(M, T, T, "int8", 0)
+        yield fwd(M, "fp32", "fp32", "int4", 64, "fp16", zeros=True)
+        yield fwd(M, "*i8", T, "int8", 0, activations=True, parts=M == 1)
+        yield fwd(M, "*i8", T, "int4", 64, "bf16", zeros=True, activations=True)
+        yield fwd(M, "*u8", T, "fp8", (0, 128)[index % 2], activations=True, least=_NATIVE)
+        yield bwd(M, T, "int4", 32, "bf16", zeros=True)
+        yield bwd(M, T, "int8", 0, parts=M == 1)
+        yield bwd(M, "fp32", "nf4", 64, "*i8")
+    for M in (1, 1024):
+        yield fwd(M, "bf16", "bf16", "int4", 32, "fp32")
+        yield fwd(M, "bf16", "bf16", "fp8", 128)
+        yield fwd(M, "bf16", "bf16", "fp8", 128, least=_NATIVE)
+        yield fwd(M, "fp32", "fp32", "fp8", 0)
+        yield fwd(M, "fp16", "fp32", "fp8", 0, activations=True)
+        yield fwd(M, "fp16", "bf16", "int4", 32, "bf16", activations=True)
+        yield fwd(M, "*i8", "bf16", "int4", 0, "fp32", activations=True, parts=M == 1)
+        yield bwd(M, "bf16", "fp8", 128)
+        yield bwd(M, "bf16", "fp8", 0, least=_NATIVE)
+        yield bwd(M, "bf16", "nf4", 64, "bf16")
+        yield bwd(M, "fp32", "int8", 0)
+    for to, FP8 in (("*i8", False), ("*u8", True), ("fp16", True)):
+        types = {"x_ptr": "bf16", "to_ptr": to, "scales_ptr": "fp32"}
+        constants = {"FP8": FP8, "BLOCK": ROWS_BLOCK}
+        yield _configuration(_quantized_linear_rows_kernel, types, constants, rows_warps(ROWS_BLOCK))
+    types = _TYPES | {"scales_ptr": "fp32", "bias_ptr": "bf16", "y_ptr": "bf16"}
+    yield _configuration(_quantized_linear_sum_kernel, types | {"parts_ptr": "*i32"}, {"BLOCK": SUM_BLOCK}, 4)
+    constants = dict.fromkeys(("x_scales_ptr", "scales_ptr", "bias_ptr"))
+    yield _configuration(_quantized_linear_sum_kernel, types, {**constants, "BLOCK": SUM_BLOCK}, 4)

@@ -41,8 +41,8 @@ def _quantized_linear_rows_kernel(
         value = tl.where(value == value, tl.minimum(tl.maximum(value, -MAX), MAX), 0.0)
         if FP8:
             rounded = to_fp8(value)
-            if TO == tl.float16:
-                rounded = from_fp8(rounded, TO)
+            if tl.float16 == TO:
+                rounded = from_fp8(rounded, TO, False)
         else:
             rounded = ((value + _ROUND) - _ROUND).to(TO)
         tl.store(to_ptr + first + lanes, rounded, mask=mask)
