@@ -50,8 +50,9 @@ def bwd_tiles(M: int, itemsize: int, group: int) -> tuple[int, int, int, int, in
     block_m = _block_m(M)
     if itemsize == 4:
         return min(block_m, FP32_ROWS), 32, 64, 4, 2
-    # On sm_80 each warp decodes for itself, and scales of several groups take registers too.
-    return block_m, 32 if 0 < group < 128 and block_m >= 64 else 64, 128, 8 if block_m == 128 else 4, 3
+    # On sm_80 each warp decodes for itself, and the scales of several groups take registers too.
+    block_n = 32 if block_m < 64 or 0 < group < 128 else 64
+    return block_m, block_n, 128, *((8, 3) if block_m == 128 else (4, 4))
 
 
 def rows_warps(block: int) -> int:
