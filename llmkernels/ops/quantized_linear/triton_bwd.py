@@ -35,7 +35,7 @@ def _quantized_linear_bwd_kernel(
     dy_row,  # strides of rows
     data_row,
     groups,
-    split,  # rows of the weight that one part of the programs has; whole blocks
+    split,  # blocks of the weight's rows that one part of the programs has
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,  # columns; 0: the whole row
     SCALE_ROWS: tl.constexpr,  # rows of the weight that share scales
@@ -64,8 +64,8 @@ def _quantized_linear_bwd_kernel(
     table = 0
     if FORMAT == "nf4":
         table = levels()
-    first = tl.program_id(1) * split
-    last = tl.minimum(first + split, N)
+    first = tl.program_id(1) * split * BLOCK_N
+    last = tl.minimum(first + split * BLOCK_N, N)
     acc = tl.zeros([BLOCK_M, BYTES], tl.float32)  # of even columns, where a byte has two
     odd = tl.zeros([BLOCK_M, BYTES], tl.float32)
     for row in tl.range(first, last, BLOCK_N, num_stages=STAGES):

@@ -75,7 +75,7 @@ def _quantized_linear_fwd_kernel(
     x_row,  # strides of rows
     data_row,
     groups,
-    split,  # columns that one part of the programs has; whole groups and blocks
+    split,  # blocks of columns that one part of the programs has; whole groups
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,  # columns, at least BLOCK_K; 0: the whole row
     SCALE_ROWS: tl.constexpr,  # rows of the weight that share scales
@@ -104,8 +104,8 @@ def _quantized_linear_fwd_kernel(
     x_rows = x_ptr + m.to(tl.int64)[:, None] * x_row
     data_rows = data_ptr + n.to(tl.int64)[:, None] * data_row
     scale_rows = (n // SCALE_ROWS).to(tl.int64) * groups
-    first = tl.program_id(1) * split
-    last = tl.minimum(first + split, K)
+    first = tl.program_id(1) * split * BLOCK_K
+    last = tl.minimum(first + split * BLOCK_K, K)
     table = 0
     if FORMAT == "nf4":
         table = levels()

@@ -19,8 +19,8 @@ FOUR_BITS = ("int4", "nf4")
 GROUP_SIZES = {"int8": (0,), "fp8": (0, fp8.BLOCK), "int4": (0, 32, 64, 128), "nf4": (0, 32, 64, 128)}
 
 # A part of the sums has at least so many columns (rows of the weight in the backward), and there are about so many
-# programs: two for each multiprocessor of the GPUs in sight.
-PART_COLUMNS = 512
+# programs: two for each of an H100's 132 multiprocessors.
+PART_LENGTH = 512
 PROGRAMS = 264
 SUM_BLOCK = 512
 # Of the left operand of a product in fp32. From 64 on Triton 3.7 takes tf32 for it on sm_100, whatever is asked for.
@@ -35,13 +35,20 @@ def _block_m(M: int) -> int:
 def fwd_tiles(M: int, itemsize: int, format: str, group: int) -> tuple[int, int, int, int, int]:
     """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of the forward for M rows of x, of so many bytes an element."""
     block_m = _block_m(M)
-    warps, stages = (8, 3) if block_m == 128 else (4, 4)
+    warps = 8 if block_m == 128 else 4
     if itemsize == 4:
-        return block_m, FP32_ROWS, 32, warps, 2
+        return block_m, FP32_ROWS, 32, warps, 3 if block_m == 16 else 1
+    is_decoded = format in FOUR_BITS or itemsize != 1
     block_k = group or 128
-    if block_m >= 64 and (format in FOUR_BITS or itemsize != 1):  # a weight that is decoded takes registers
+    if is_decoded and block_m > 16:  # which takes registers
         block_k = min(block_k, 64)
-        stages = 2 if itemsize == 1 or format == "nf4" else stages
+    if block_m < 64:
+        # Few rows of x: what counts is bytes of the weight that are on their way, 12 KiB or more for each program.
+        stages = {32: 8, 64: 6}.get(block_k, 4) if format in FOUR_BITS else 4
+    elif is_decoded and (itemsize == 1 or format == "nf4"):
+        stages = 2
+    else:
+        stages = 3 if block_m == 128 else 4
     return block_m, 128, block_k, warps, stages
 
 
@@ -60,10 +67,13 @@ def rows_warps(block: int) -> int:
     return max(block // 256, 1)
 
 
-def parts(tiles: int, length: int, whole: int) -> int:
-    """What one part of a sum over `length` has, so that there are enough programs; a multiple of `whole`."""
-    count = max(1, min(PROGRAMS // tiles, length // PART_COLUMNS))
-    return max(triton.cdiv(triton.cdiv(length, count), whole) * whole, whole)
+def parts(tiles: int, length: int, block: int, whole: int = 1) -> tuple[int, int]:
+    """(parts of a sum over `length`, blocks of each part), so that there are enough programs. A part has a multiple of
+    `whole` elements."""
+    count = max(1, min(PROGRAMS // tiles, length // PART_LENGTH))
+    size = max(block, whole)
+    split = max(triton.cdiv(triton.cdiv(length, count), size), 1) * size
+    return max(triton.cdiv(length, split), 1), split // block
 
 
 def scaling(format: str, group: int, plain: bool, block_m: int, is_fp8_product: bool = False) -> str:
@@ -143,8 +153,7 @@ def quantized_linear_fwd(x, data, scales, zeros, second_scales, bias, format, gr
         block_m, block_n, block_k, warps, stages = fwd_tiles(M, x.element_size(), format, group_size)
         how = scaling(format, group_size, not activations, block_m, x.dtype == torch.uint8)
         tiles = triton.cdiv(M, block_m) * triton.cdiv(weight.N, block_n)
-        split = parts(tiles, K, max(block_k, group_size))
-        splits = max(triton.cdiv(K, split), 1)
+        splits, split = parts(tiles, K, block_k, group_size)
         to = y
         if splits > 1:
             kind = torch.int32 if x.dtype == torch.int8 and how == "end" else torch.float32
@@ -170,8 +179,7 @@ def quantized_linear_bwd(dy, data, scales, zeros, second_scales, columns, format
         dy, row_stride = as_rows(dy, M, N)
         block_m, block_n, block_k, warps, stages = bwd_tiles(M, dy.element_size(), group_size)
         tiles = triton.cdiv(M, block_m) * triton.cdiv(columns, block_k)
-        split = parts(tiles, N, block_n)
-        splits = max(triton.cdiv(N, split), 1)
+        splits, split = parts(tiles, N, block_n)
         to = dx if splits == 1 else torch.empty(splits, M, columns, dtype=torch.float32, device=dy.device)
         _quantized_linear_bwd_kernel[(tiles, splits)](
             dy_ptr=dy, dx_ptr=to, M=M, dy_row=row_stride, split=split,

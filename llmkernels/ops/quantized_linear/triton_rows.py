@@ -11,7 +11,7 @@ _INT8_MAX = tl.constexpr(float(int8.MAX))
 _ROUND = tl.constexpr(1.5 * 2.0**23)
 
 
-@triton.jit(do_not_specialize=["K"])
+@triton.jit
 def _quantized_linear_rows_kernel(
     x_ptr,  # [M, K] T
     to_ptr,  # [M, K] int8, uint8 (bytes of e4m3) or fp16
