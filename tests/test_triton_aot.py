@@ -47,6 +47,14 @@ def test_products_in_fp32_are_not_rounded_to_tf32(compiled):
     assert [row for row in compiled if row["tf32"]] == []
 
 
+def test_quantized_linear_multiplies_by_wgmma_on_hopper(compiled):
+    """Of types below fp32, which has other tiles: the forward for any number of rows of x, the backward from 64 on."""
+    side = {"_quantized_linear_fwd_kernel": "BLOCK_N", "_quantized_linear_bwd_kernel": "BLOCK_M"}
+    rows = [row for row in compiled if row["kernel"] in side and row["capability"] == 90]
+    rows = [row for row in rows if int(row["constants"][side[row["kernel"]]]) >= 64]
+    assert len(rows) > 30 and [row for row in rows if not row["wgmma"]] == []
+
+
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="triton: test_long_rows covers this on a GPU")
 @pytest.mark.parametrize("data", ("normal", "offset", "outlier"))
 @pytest.mark.parametrize("op", cases.OPS)

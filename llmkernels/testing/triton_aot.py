@@ -59,7 +59,7 @@ def main(capabilities) -> None:
                 "warps": warps,
                 "constants": {name: str(value) for name, value in constants.items()},
                 "shared": compiled.metadata.shared,
-                "tf32": "tf32" in compiled.asm["ptx"],
+                **{word: word in compiled.asm["ptx"] for word in ("tf32", "wgmma")},
                 **_usage(compiled.asm["cubin"]),
             }
             print(json.dumps(row), flush=True)

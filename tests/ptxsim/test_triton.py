@@ -16,6 +16,7 @@ from llmkernels.ops.norm import cases
 from llmkernels.ops.quantized_linear import cases as quantized_linear
 from llmkernels.ops.rope import cases as rope
 from llmkernels.ops.softmax import cases as softmax
+from llmkernels.quantization.tensor import QuantizedTensor
 from llmkernels.testing.battery import evaluate, failures, judge
 from tests.ptxsim import backend as simulated
 from tests.ptxsim import sim
@@ -228,6 +229,19 @@ def test_quantized_linear_with_instructions_for_fp8(variant, M, monkeypatch):
     monkeypatch.setattr(triton_kernels, "has_fp8", lambda _: True)
     case = quantized_linear.QuantizedLinearCase(variant, M, 40, 200, torch.bfloat16)
     assert failures(judge(quantized_linear, case, "triton-sim-sm90")) == []
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_every_code_of_fp8_by_instructions(dtype, monkeypatch):
+    from llmkernels.ops.quantized_linear import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "has_fp8", lambda _: True)
+    codes = torch.arange(256, dtype=torch.uint8).view(4, 64)
+    codes[codes & 0x7F == 0x7F] = 0  # NaN, which is never written
+    data = codes.view(torch.float8_e4m3fn)
+    weight = QuantizedTensor("fp8", (4, 64), data, torch.ones(4))
+    y = functional.quantized_linear(torch.eye(64, dtype=dtype), weight, backend="triton-sim-sm90")
+    assert torch.equal(y, data.to(dtype).t())
 
 
 @pytest.mark.parametrize("op", ("layer_norm", "add_rms_norm", "dropout_add_layer_norm"))

@@ -34,7 +34,9 @@ def _quantized_linear_rows_kernel(
         largest = tl.maximum(largest, tl.where(size < float("inf"), size, float("inf")))
     scale = tl.div_rn(tl.max(largest, 0), MAX)
     scale = tl.where(scale == 0.0, 1.0, scale)
-    tl.store(scales_ptr + row, tl.where(scale < float("inf"), scale, float("nan")))
+    is_finite = scale < float("inf")
+    tl.store(scales_ptr + row, tl.where(is_finite, scale, float("nan")))
+    scale = tl.where(is_finite, scale, 1.0)
     for first in tl.range(0, K, BLOCK):
         mask = first + lanes < K
         value = tl.div_rn(tl.load(x_ptr + first + lanes, mask=mask, other=0.0).to(tl.float32), scale)
