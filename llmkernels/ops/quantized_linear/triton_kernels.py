@@ -43,8 +43,8 @@ def fwd_tiles(M: int, itemsize: int, format: str, group: int) -> tuple[int, int,
     if is_decoded and block_m > 16:  # which takes registers
         block_k = min(block_k, 64)
     if block_m < 64:
-        # Few rows of x: what counts is bytes of the weight that are on their way, 12 KiB or more for each program.
-        stages = {32: 8, 64: 6}.get(block_k, 4) if format in FOUR_BITS else 4
+        # Few rows of x: what counts is bytes of the weight that are on their way, 10 KiB or more for each program.
+        stages = 6 if format in FOUR_BITS and block_k <= 64 else 4
     elif is_decoded and (itemsize == 1 or format == "nf4"):
         stages = 2
     else:
