@@ -22,7 +22,7 @@ SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 
 def configurations():
     """(kernel, types of the arguments, constants, warps) of every family that has Triton kernels; where not every
-    architecture has what it uses, also the least compute capability."""
+    architecture runs it, also the compute capabilities of those that do."""
     for family in ops.FAMILIES:
         name = f"llmkernels.ops.{family}.triton_kernels"
         if importlib.util.find_spec(name) is not None:
@@ -50,8 +50,8 @@ def _usage(binary: bytes) -> dict[str, int]:
 
 
 def main(capabilities) -> None:
-    for kernel, types, constants, warps, *least in configurations():
-        for capability in (capability for capability in capabilities if capability >= max(least, default=0)):
+    for kernel, types, constants, warps, *only in configurations():
+        for capability in (capability for capability in capabilities if not any(only) or capability in only[0]):
             compiled = _compile(kernel, types, constants, warps, capability)
             row = {
                 "kernel": kernel.fn.__name__,

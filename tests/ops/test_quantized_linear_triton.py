@@ -50,6 +50,14 @@ def test_more_blocks_of_rows_than_pass_together():
     assert failures(judge(cases, case, "triton", device_of("triton"))) == []
 
 
+@pytest.mark.parametrize("variant", ("int8", "int4_zeros", "int4_32", "nf4_double", "fp8_block"))
+def test_wide_tiles(variant, triton_kernels, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "takes_wide_tiles", lambda x, N: x.dtype != torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        case = QuantizedLinearCase(variant, 300, 150, 200, dtype)
+        assert failures(judge(cases, case, "triton", device_of("triton"))) == []
+
+
 @pytest.mark.parametrize("K", (1, 100, 5000))
 @pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
 def test_activations_are_rounded_as_the_reference_does(dtype, K, triton_kernels):

@@ -231,6 +231,15 @@ def test_quantized_linear_with_instructions_for_fp8(variant, M, monkeypatch):
     assert failures(judge(quantized_linear, case, "triton-sim-sm90")) == []
 
 
+@pytest.mark.parametrize("variant", ("int8", "int4_128_zeros", "nf4_double"))
+def test_quantized_linear_with_wide_tiles(variant, monkeypatch):
+    from llmkernels.ops.quantized_linear import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "takes_wide_tiles", lambda x, N: x.dtype != torch.float32)
+    case = quantized_linear.QuantizedLinearCase(variant, 260, 33, 200, torch.bfloat16)
+    assert failures(judge(quantized_linear, case, "triton-sim-sm90")) == []
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_every_code_of_fp8_by_instructions(dtype, monkeypatch):
     from llmkernels.ops.quantized_linear import triton_kernels

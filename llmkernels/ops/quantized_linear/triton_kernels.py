@@ -23,6 +23,7 @@ GROUP_SIZES = {"int8": (0,), "fp8": (0, fp8.BLOCK), "int4": (0, 32, 64, 128), "n
 PART_LENGTH = 512
 PROGRAMS = 264
 SUM_BLOCK = 512
+WIDE = 256  # rows of x to which a weight is decoded at once: as long as wgmma multiplies twice as many as 128
 # Of the left operand of a product in fp32. From 64 on Triton 3.7 takes tf32 for it on sm_100, whatever is asked for.
 FP32_ROWS = 32
 ROWS_BLOCK = 2048
@@ -32,8 +33,10 @@ def _block_m(M: int) -> int:
     return 16 if M <= 16 else 32 if M <= 32 else 64 if M <= 64 else 128
 
 
-def fwd_tiles(M: int, itemsize: int, format: str, group: int) -> tuple[int, int, int, int, int]:
+def fwd_tiles(M: int, itemsize: int, format: str, group: int, wide: bool = False) -> tuple[int, int, int, int, int]:
     """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of the forward for M rows of x, of so many bytes an element."""
+    if wide:
+        return WIDE, 128, min(group or 64, 64), 8, 3
     block_m = _block_m(M)
     warps = 8 if block_m == 128 else 4
     if itemsize == 4:
@@ -85,6 +88,13 @@ def scaling(format: str, group: int, plain: bool, block_m: int, is_fp8_product: 
     if group == 0:
         return "end"
     return "sums" if not plain or block_m <= 32 else "weights"
+
+
+def takes_wide_tiles(x: Tensor, N: int) -> bool:
+    """Whether tiles have WIDE rows of x: on Hopper alone, where their sums and a decoded weight fit in registers, and
+    where there are enough of them."""
+    is_hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
+    return is_hopper and x.element_size() == 2 and triton.cdiv(x.shape[0], WIDE) * triton.cdiv(N, 128) >= PROGRAMS // 2
 
 
 def has_fp8(x: Tensor) -> bool:
@@ -142,7 +152,7 @@ def quantized_linear_fwd(x, data, scales, zeros, second_scales, bias, format, gr
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
         x, row_stride = as_rows(x, M, K)
-        x_scales, native = None, has_fp8(x)
+        x_scales, native, wide = None, has_fp8(x), not activations and takes_wide_tiles(x, weight.N)
         if activations:
             # Not for fp32, which expects sums in fp32.
             is_fp8_product = activations == "fp8" and native and x.dtype != torch.float32
@@ -150,7 +160,7 @@ def quantized_linear_fwd(x, data, scales, zeros, second_scales, bias, format, gr
             to = torch.int8 if activations == "int8" and (format == "int8" or group_size != 32) else torch.float16
             x, x_scales = _rounded(x, row_stride, activations, torch.uint8 if is_fp8_product else to)
             row_stride = K
-        block_m, block_n, block_k, warps, stages = fwd_tiles(M, x.element_size(), format, group_size)
+        block_m, block_n, block_k, warps, stages = fwd_tiles(M, x.element_size(), format, group_size, wide)
         how = scaling(format, group_size, not activations, block_m, x.dtype == torch.uint8)
         tiles = triton.cdiv(M, block_m) * triton.cdiv(weight.N, block_n)
         splits, split = parts(tiles, K, block_k, group_size)
@@ -194,7 +204,8 @@ def quantized_linear_bwd(dy, data, scales, zeros, second_scales, columns, format
 # --- for testing/triton_aot.py ----------------------------------------------------------------------------------------
 
 _TYPES = {"x_scales_ptr": "fp32", "second_ptr": "fp32", "zeros_ptr": "*u8", "parts_ptr": "fp32"}
-_NATIVE = 90  # of the architectures that are compiled for, the first with e4m3
+_NATIVE = (90, 100)  # of the architectures that are compiled for, those with e4m3
+_HOPPER = (90,)
 
 
 def _weight_constants(format: str, group: int, scales: str, zeros: bool) -> tuple[dict, dict]:
@@ -205,33 +216,33 @@ def _weight_constants(format: str, group: int, scales: str, zeros: bool) -> tupl
     return _TYPES | {"data_ptr": "*i8" if format == "int8" else "*u8", "scales_ptr": scales}, constants
 
 
-def _configuration(kernel, types: dict, constants: dict, warps: int, least: int = 0):
+def _configuration(kernel, types: dict, constants: dict, warps: int, only: tuple[int, ...] = ()):
     found = [types.get(name, "i32") for name in kernel.arg_names if name not in constants]
-    return kernel, found, constants, warps, least
+    return kernel, found, constants, warps, only
 
 
-def _fwd_configuration(M, x, T, format, group, scales="fp32", zeros=False, activations=False, parts=False, least=0):
+def _fwd_configuration(M, x, T, format, group, scales="fp32", zeros=False, activations=False, parts=False, only=()):
     """Of x as the kernel has it, in the type `x`, and bias and y in `T`."""
     itemsize = {"*i8": 1, "*u8": 1, "fp32": 4}.get(x, 2)
-    block_m, block_n, block_k, warps, stages = fwd_tiles(M, itemsize, format, group)
+    block_m, block_n, block_k, warps, stages = fwd_tiles(M, itemsize, format, group, only == _HOPPER)
     how = scaling(format, group, not activations, block_m, x == "*u8")
     types, constants = _weight_constants(format, group, scales, zeros)
     types |= {"x_ptr": x, "bias_ptr": T, "y_ptr": T}
     if parts:
         types["y_ptr"] = "*i32" if x == "*i8" and how == "end" else "fp32"
-    constants |= {"SCALING": how, "PARTS": parts, "NATIVE_FP8": least >= _NATIVE}
+    constants |= {"SCALING": how, "PARTS": parts, "NATIVE_FP8": bool(only)}
     constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "STAGES": stages}
     constants |= {} if activations else {"x_scales_ptr": None}
-    return _configuration(_quantized_linear_fwd_kernel, types, constants, warps, least)
+    return _configuration(_quantized_linear_fwd_kernel, types, constants, warps, only)
 
 
-def _bwd_configuration(M, T, format, group, scales="fp32", zeros=False, parts=False, least=0):
+def _bwd_configuration(M, T, format, group, scales="fp32", zeros=False, parts=False, only=()):
     block_m, block_n, block_k, warps, stages = bwd_tiles(M, 4 if T == "fp32" else 2, group)
     types, constants = _weight_constants(format, group, scales, zeros)
     types |= {"dy_ptr": T, "dx_ptr": "fp32" if parts else T}
-    constants |= {"PARTS": parts, "NATIVE_FP8": least >= _NATIVE}
+    constants |= {"PARTS": parts, "NATIVE_FP8": bool(only)}
     constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "STAGES": stages}
-    return _configuration(_quantized_linear_bwd_kernel, types, constants, warps, least)
+    return _configuration(_quantized_linear_bwd_kernel, types, constants, warps, only)
 
 
 def configurations():
@@ -245,20 +256,25 @@ def configurations():
         yield fwd(M, "fp32", "fp32", "int4", 64, "fp16", zeros=True)
         yield fwd(M, "*i8", T, "int8", 0, activations=True, parts=M == 1)
         yield fwd(M, "*i8", T, "int4", 64, "bf16", zeros=True, activations=True)
-        yield fwd(M, "*u8", T, "fp8", (0, 128)[index % 2], activations=True, least=_NATIVE)
+        yield fwd(M, "*u8", T, "fp8", (0, 128)[index % 2], activations=True, only=_NATIVE)
         yield bwd(M, T, "int4", 32, "bf16", zeros=True)
         yield bwd(M, T, "int8", 0, parts=M == 1)
         yield bwd(M, "fp32", "nf4", 64, "*i8")
+    yield fwd(WIDE, "bf16", "bf16", "nf4", 64, "*i8", only=_HOPPER)
+    yield fwd(WIDE, "fp16", "fp16", "int4", 128, "bf16", zeros=True, only=_HOPPER)
+    yield fwd(WIDE, "bf16", "bf16", "int4", 32, "bf16", zeros=True, only=_HOPPER)
+    yield fwd(WIDE, "bf16", "bf16", "int8", 0, only=_HOPPER)
+    yield fwd(WIDE, "bf16", "bf16", "fp8", 128, only=_HOPPER)
     for M in (1, 1024):
         yield fwd(M, "bf16", "bf16", "int4", 32, "fp32")
         yield fwd(M, "bf16", "bf16", "fp8", 128)
-        yield fwd(M, "bf16", "bf16", "fp8", 128, least=_NATIVE)
+        yield fwd(M, "bf16", "bf16", "fp8", 128, only=_NATIVE)
         yield fwd(M, "fp32", "fp32", "fp8", 0)
         yield fwd(M, "fp16", "fp32", "fp8", 0, activations=True)
         yield fwd(M, "fp16", "bf16", "int4", 32, "bf16", activations=True)
         yield fwd(M, "*i8", "bf16", "int4", 0, "fp32", activations=True, parts=M == 1)
         yield bwd(M, "bf16", "fp8", 128)
-        yield bwd(M, "bf16", "fp8", 0, least=_NATIVE)
+        yield bwd(M, "bf16", "fp8", 0, only=_NATIVE)
         yield bwd(M, "bf16", "nf4", 64, "bf16")
         yield bwd(M, "fp32", "int8", 0)
     for to, FP8 in (("*i8", False), ("*u8", True), ("fp16", True)):
