@@ -48,9 +48,9 @@ def _quantized_linear_bwd_kernel(
 ):
     T: tl.constexpr = dy_ptr.dtype.element_ty
     TYPE: tl.constexpr = tl.float32 if INTERPRETED and tl.bfloat16 == T else T
-    # What is multiplied by a scale in fp32 need not be rounded on the way there.
-    DECODED: tl.constexpr = tl.float32 if FORMAT == "fp8" else TYPE
     PACKED: tl.constexpr = 2 if FORMAT == "int4" or FORMAT == "nf4" else 1  # codes of a byte
+    # What is multiplied by a scale in fp32 need not be rounded on the way there.
+    DECODED: tl.constexpr = tl.float32 if PACKED == 1 else TYPE
     BYTES: tl.constexpr = BLOCK_K // PACKED
     GROUPS: tl.constexpr = BLOCK_K // GROUP if GROUP > 0 and GROUP < BLOCK_K else 1  # of the tile
     m_block, k_block = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K))

@@ -30,6 +30,19 @@ def less(codes, zeros, TYPE: tl.constexpr):
 
 
 @triton.jit
+def from_int8(codes, TYPE: tl.constexpr):
+    """int8 in TYPE, exact: 128 more than it, a byte, is put into the mantissa. For bf16, which has no room for that,
+    Triton has a way of its own."""
+    if tl.float16 == TYPE:
+        value = (codes.to(tl.int16) & 0xFF ^ 0x6480).to(TYPE, bitcast=True) - tl.full((), 1152.0, TYPE)
+    elif tl.float32 == TYPE:
+        value = (codes.to(tl.int32) & 0xFF ^ 0x4B000080).to(TYPE, bitcast=True) - 8388736.0
+    else:
+        value = codes.to(TYPE)
+    return value
+
+
+@triton.jit
 def from_fp8(codes, TYPE: tl.constexpr, NATIVE: tl.constexpr):
     """Bytes of e4m3 in TYPE, exact; by an instruction where NATIVE. Otherwise sign, exponent and fraction are moved to
     where TYPE has them, which is right for subnormal numbers too, and is too small by the difference of the exponents'
@@ -80,7 +93,7 @@ def decoded(packed, zeros, table, FORMAT: tl.constexpr, TYPE: tl.constexpr, NATI
         at = tl.reshape(packed.to(tl.int32), [packed.shape[0] * packed.shape[1]])
         value = tl.reshape(tl.gather(table, at, 0), packed.shape)
     elif FORMAT == "int8":
-        value = packed.to(TYPE)
+        value = from_int8(packed, TYPE)
     elif tl.float8e4nv == TYPE:
         value = packed.to(TYPE, bitcast=True)
     else:
