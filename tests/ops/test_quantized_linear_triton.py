@@ -1,5 +1,7 @@
 """quantized_linear in Triton: what its launchers choose by size, made small; rounding and decoding bit by bit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -107,3 +109,17 @@ def test_what_the_kernels_do_not_know_is_refused():
         call(x, data, scales, None, None, None, "int3", 32, "")
     with pytest.raises(ValueError, match="group_size is 48, expected one of 0, 32, 64, 128"):
         call(x, data, scales, None, None, None, "int4", 48, "")
+    with pytest.raises(ValueError, match="activations is 'fp8' with format 'int4', expected a pair of"):
+        call(x, data, scales, None, None, None, "int4", 32, "fp8")
+
+
+def test_wide_tiles_are_taken_on_hopper_for_many_rows(triton_kernels, monkeypatch):
+    def takes(M, N, itemsize=2, capability=(9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        x = SimpleNamespace(is_cuda=True, element_size=lambda: itemsize, shape=(M, 64), device=None)
+        return triton_kernels.takes_wide_tiles(x, N)
+
+    assert takes(1024, 4352) and takes(4096, 4096) and takes(129, 128 * 132)
+    assert not takes(1024, 4096)  # 128 tiles
+    assert not takes(1, 32000) and not takes(128, 32000)
+    assert not takes(4096, 4096, itemsize=4) and not takes(4096, 4096, capability=(10, 0))

@@ -16,6 +16,7 @@ from llmkernels.quantization import _groups, fp8
 __all__ = ["configurations", "quantized_linear_bwd", "quantized_linear_fwd"]
 
 FOUR_BITS = ("int4", "nf4")
+ACTIVATIONS = {"": ("int8", "int4", "nf4", "fp8"), "int8": ("int8", "int4"), "fp8": ("fp8",)}  # of which formats
 GROUP_SIZES = {"int8": (0,), "fp8": (0, fp8.BLOCK), "int4": (0, 32, 64, 128), "nf4": (0, 32, 64, 128)}
 
 # A part of the sums has at least so many columns (rows of the weight in the backward), and there are about so many
@@ -92,9 +93,12 @@ def scaling(format: str, group: int, plain: bool, block_m: int, is_fp8_product: 
 
 def takes_wide_tiles(x: Tensor, N: int) -> bool:
     """Whether tiles have WIDE rows of x: on Hopper alone, where their sums and a decoded weight fit in registers, and
-    where there are enough of them."""
-    is_hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
-    return is_hopper and x.element_size() == 2 and triton.cdiv(x.shape[0], WIDE) * triton.cdiv(N, 128) >= PROGRAMS // 2
+    where there are rows for them and enough of them."""
+    M = x.shape[0]
+    if not x.is_cuda or x.element_size() != 2 or M <= 128:
+        return False
+    is_hopper = torch.cuda.get_device_capability(x.device)[0] == 9
+    return is_hopper and triton.cdiv(M, WIDE) * triton.cdiv(N, 128) >= PROGRAMS // 2
 
 
 def has_fp8(x: Tensor) -> bool:
@@ -146,6 +150,9 @@ def _sum(parts: Tensor, x_scales: Tensor | None, scales: Tensor | None, bias: Te
 def quantized_linear_fwd(x, data, scales, zeros, second_scales, bias, format, group_size, activations):
     M, K = x.shape
     weight = _Weight("quantized_linear_fwd", data, scales, zeros, second_scales, K, format, group_size)
+    if format not in ACTIVATIONS.get(activations, ()):
+        raise ValueError(f"quantized_linear_fwd: activations is {activations!r} with format {format!r}, expected a pair"
+                         f" of {ACTIVATIONS}")  # fmt: skip
     y = torch.empty(M, weight.N, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
