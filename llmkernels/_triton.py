@@ -11,18 +11,34 @@ from torch import Tensor
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
-# Triton's interpreter truncates when it stores bf16; a GPU rounds to nearest even.
-_TRUNCATES = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+# Triton's interpreter truncates when it stores bf16, where a GPU rounds to nearest even; its arithmetic on bf16, also
+# that of a product, is wrong.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 @triton.jit
 def cast(value, to: tl.constexpr):
     """`value` rounded to nearest even."""
-    if _TRUNCATES and to == tl.bfloat16:
+    if INTERPRETED and to == tl.bfloat16:
         bits = value.to(tl.float32).to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         value = tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
     return value.to(to)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b, fp32 in full precision."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
+def wide(number):
+    """A number as int64, also the plain number that a loop of the interpreter has."""
+    return tl.zeros((), tl.int64) + number
 
 
 @triton.jit

@@ -31,6 +31,7 @@ def test_all_kernels_and_architectures_compiled(compiled):
     kernels |= {"_activation_fwd_kernel", "_activation_bwd_kernel"}
     kernels |= {"_cross_entropy_fwd_kernel", "_cross_entropy_bwd_kernel"}
     kernels |= {"_lstm_cell_fwd_kernel", "_lstm_cell_bwd_kernel"}
+    kernels |= {f"_quantized_linear_{name}_kernel" for name in ("fwd", "bwd", "rows", "sum")}
     assert {(row["kernel"], row["capability"]) for row in compiled} == {(k, c) for k in kernels for c in (80, 90, 100)}
 
 
@@ -40,6 +41,18 @@ def test_no_spills_and_shared_memory_within_limits(compiled):
     for row in compiled:
         assert row["STACK"] == 0 and row["LOCAL"] == 0, row
         assert row["shared"] <= SHARED_LIMIT[row["capability"]], row
+
+
+def test_products_in_fp32_are_not_rounded_to_tf32(compiled):
+    assert [row for row in compiled if row["tf32"]] == []
+
+
+def test_quantized_linear_multiplies_by_wgmma_on_hopper(compiled):
+    """Of types below fp32, which has other tiles: the forward for any number of rows of x, the backward from 64 on."""
+    side = {"_quantized_linear_fwd_kernel": "BLOCK_N", "_quantized_linear_bwd_kernel": "BLOCK_M"}
+    rows = [row for row in compiled if row["kernel"] in side and row["capability"] == 90]
+    rows = [row for row in rows if int(row["constants"][side[row["kernel"]]]) >= 64]
+    assert len(rows) > 30 and [row for row in rows if not row["wgmma"]] == []
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="triton: test_long_rows covers this on a GPU")

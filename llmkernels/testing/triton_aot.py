@@ -21,7 +21,8 @@ SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 
 
 def configurations():
-    """(kernel, types of the arguments, constants, warps) of every family that has Triton kernels."""
+    """(kernel, types of the arguments, constants, warps) of every family that has Triton kernels; where not every
+    architecture runs it, also the compute capabilities of those that do."""
     for family in ops.FAMILIES:
         name = f"llmkernels.ops.{family}.triton_kernels"
         if importlib.util.find_spec(name) is not None:
@@ -49,8 +50,8 @@ def _usage(binary: bytes) -> dict[str, int]:
 
 
 def main(capabilities) -> None:
-    for kernel, types, constants, warps in configurations():
-        for capability in capabilities:
+    for kernel, types, constants, warps, *only in configurations():
+        for capability in (capability for capability in capabilities if not any(only) or capability in only[0]):
             compiled = _compile(kernel, types, constants, warps, capability)
             row = {
                 "kernel": kernel.fn.__name__,
@@ -58,6 +59,7 @@ def main(capabilities) -> None:
                 "warps": warps,
                 "constants": {name: str(value) for name, value in constants.items()},
                 "shared": compiled.metadata.shared,
+                **{word: word in compiled.asm["ptx"] for word in ("tf32", "wgmma")},
                 **_usage(compiled.asm["cubin"]),
             }
             print(json.dumps(row), flush=True)

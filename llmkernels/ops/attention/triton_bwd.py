@@ -5,9 +5,8 @@ keys, triton_dmask.py dmask by blocks of the mask. Scores are computed again in 
 import triton
 import triton.language as tl
 
-from llmkernels._triton import cast, kept
+from llmkernels._triton import cast, dot, kept, wide
 from llmkernels.ops.attention.triton_common import (
-    dot,
     edge_block,
     finite,
     first_stat,
@@ -19,7 +18,6 @@ from llmkernels.ops.attention.triton_common import (
     scores,
     sequence,
     store_tile,
-    wide,
 )
 
 

@@ -5,30 +5,10 @@ kernel computes the transposed scores, [1, BLOCK_M] and [BLOCK_N, 1]: what they 
 An option whose tensor is absent is compiled away: its pointer is None. Offsets of elements are 64-bit.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
 from llmkernels._triton import cast
-
-# Arithmetic on bf16 is wrong in Triton's interpreter, also that of a product.
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
-
-
-@triton.jit
-def dot(a, b, acc):
-    """acc + a @ b, fp32 in full precision."""
-    if _INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float32)
-
-
-@triton.jit
-def wide(number):
-    """A number as int64, also the plain number that a loop of the interpreter has."""
-    return tl.zeros((), tl.int64) + number
 
 
 @triton.jit

@@ -3,10 +3,9 @@
 import triton
 import triton.language as tl
 
-from llmkernels._triton import cast
+from llmkernels._triton import cast, dot, wide
 from llmkernels.ops.attention.triton_bwd import gradients
 from llmkernels.ops.attention.triton_common import (
-    dot,
     finite,
     first_stat,
     head_value,
@@ -16,7 +15,6 @@ from llmkernels.ops.attention.triton_common import (
     query_blocks,
     sequence,
     store_tile,
-    wide,
 )
 
 _SIZES = ["blocks", "heads", "group", "q_rows", "k_rows", "window_left", "window_right", "threshold"]

@@ -6,10 +6,9 @@ It runs over the batch entries, heads, queries and keys of its tile in order, an
 import triton
 import triton.language as tl
 
-from llmkernels._triton import cast
+from llmkernels._triton import cast, dot, wide
 from llmkernels.ops.attention.triton_bwd import gradients
 from llmkernels.ops.attention.triton_common import (
-    dot,
     finite,
     first_stat,
     head_value,
@@ -17,7 +16,6 @@ from llmkernels.ops.attention.triton_common import (
     load_stats,
     load_tile,
     query_blocks,
-    wide,
 )  # fmt: skip
 
 

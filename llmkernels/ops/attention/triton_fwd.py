@@ -6,9 +6,8 @@ The online softmax of FlashAttention-2 (Dao 2023, arXiv:2307.08691): largest sco
 import triton
 import triton.language as tl
 
-from llmkernels._triton import cast, kept
+from llmkernels._triton import cast, dot, kept, wide
 from llmkernels.ops.attention.triton_common import (
-    dot,
     edge_block,
     finite,
     first_stat,
@@ -19,7 +18,6 @@ from llmkernels.ops.attention.triton_common import (
     scores,
     sequence,
     store_tile,
-    wide,
 )  # fmt: skip
 
 

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmkernels._triton import cast
+from llmkernels._triton import cast, dot
 from llmkernels.ops.attention.reference import empty_out
-from llmkernels.ops.attention.triton_common import dot, key_blocks, scores
+from llmkernels.ops.attention.triton_common import key_blocks, scores
 from llmkernels.ops.attention.triton_fwd import joined, online_softmax, with_sink
 from llmkernels.ops.attention.triton_launch import head_dims, numbers, open_window, rows, slopes_of, strides
 

@@ -49,6 +49,8 @@ _op.define_kernel(
     _portable_bwd,
 )
 
+_op.lazy_triton("llmkernels.ops.quantized_linear.triton_kernels", ("quantized_linear_fwd", "quantized_linear_bwd"))
+
 # --- autograd -------------------------------------------------------------------------------------------------------
 
 
@@ -175,12 +177,9 @@ def _cuda_refuses(x, data, scales, zeros, second_scales, bias, format, group_siz
     return f"input has {x.shape[0]} rows, more than {most}" if x.shape[0] > most else None
 
 
-_KERNELS = ("cuda", "cpu", "torch", registry.PORTABLE)
-_backends = _op.backends(
-    OP, "quantized_linear_fwd", "quantized_linear_bwd", reference.linear_fwd, reference.linear_bwd,
-    refuse={"cuda": _cuda_refuses, "cpu": _refuses_fp64},
-)  # fmt: skip
-registry.register(OP, *(backend for backend in _backends if backend.name in _KERNELS))
+_FUNCTIONS = ("quantized_linear_fwd", "quantized_linear_bwd", reference.linear_fwd, reference.linear_bwd)
+_REFUSE = {"cuda": _cuda_refuses, "cpu": _refuses_fp64, "triton": _refuses_fp64}
+registry.register(OP, *_op.backends(OP, *_FUNCTIONS, refuse=_REFUSE))
 
 _op.define_public(
     OP,
