@@ -164,6 +164,11 @@ def pick(op: str, tensors: tuple, backend: str | None = None) -> Backend:
     raise NoBackendError(f"{op}: backend {forced!r} cannot run this call: {_sentence(refusals) or 'not registered'}")
 
 
+def willing(op: str, tensors: tuple, backend: str | None = None) -> Backend | None:
+    """The backend that `pick` would find, without the portable one in its place; None where it would raise."""
+    return next((entry for entry in _candidates(op, forced_backend(backend)) if entry.reason(tensors) is None), None)
+
+
 def _portable(entry: Backend) -> Backend:
     """What stands in an exported graph for `entry`: ops that pick when they run, but for the formula in a transform."""
     in_formula = entry.name == "torch" and transform_active()

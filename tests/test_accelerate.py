@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import llmkernels
-from llmkernels.accelerate.rules import Candidate, _rms_norm
+from llmkernels.accelerate.candidate import Candidate, user_rules
+from llmkernels.accelerate.kinds.norms import rms_norm
 
 COLS = 24
 
@@ -129,6 +130,13 @@ def test_refuses(norm):
     assert report.kept[0].detail != "" and type(model[0]) is before
 
 
+def test_refuses_what_drops_in_training_alone_in_either_mode():
+    for mode in (True, False):
+        model = nn.Sequential(WithDropout()).train(mode)
+        report = accelerate(model)
+        assert "disagrees in float64" in report.kept[0].detail and model[0].training is mode
+
+
 @pytest.mark.parametrize("norm, form", ((LlamaNorm, "(weight)"), (GemmaNorm, "(1 + weight)")))
 def test_the_form_is_found_and_not_assumed(norm, form):
     report = accelerate(nn.Sequential(norm()))
@@ -148,9 +156,7 @@ def test_a_rule_that_offers_the_wrong_form_is_refused():
         report = accelerate(nn.Sequential(GemmaNorm()))
         assert "Llama's form disagrees" in report.kept[0].detail
     finally:
-        from llmkernels.accelerate.rules import _user_rules
-
-        del _user_rules[GemmaNorm]
+        del user_rules[GemmaNorm]
 
 
 def test_a_users_rule_is_used():
@@ -160,7 +166,7 @@ def test_a_users_rule_is_used():
 
     @llmkernels.accelerate.rule(Mine)
     def mine(module):
-        return [Candidate("rms_norm", "mine", tuple(module.normalized_shape), _rms_norm)]
+        return [Candidate("rms_norm", "mine", tuple(module.normalized_shape), rms_norm)]
 
     assert "mine on torch" in accelerate(nn.Sequential(Mine(COLS))).swapped[0].detail
 

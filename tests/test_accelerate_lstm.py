@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize, prune, rnn
 
 import llmkernels
 from llmkernels import _native
-from llmkernels.accelerate import recurrent
-from llmkernels.accelerate.rules import Candidate, _user_rules
+from llmkernels.accelerate.candidate import Candidate, fan_in, user_rules
+from llmkernels.accelerate.kinds import recurrent
 from llmkernels.testing.inputs import short_name
 
 warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
@@ -194,13 +194,13 @@ WRONG = {
 @pytest.mark.parametrize("wrong", [None, *WRONG])
 def test_a_wrong_lstm_is_refused(wrong):
     run = WRONG.get(wrong, recurrent.lstm)
-    options = (recurrent.probe_lstm, recurrent.gate_weights, recurrent.lstm_example)
-    _user_rules[Mine] = lambda module: [Candidate("lstm", "candidate", (module.input_size,), run, *options)]
+    options = (recurrent.probe_lstm, fan_in, recurrent.lstm_example)
+    user_rules[Mine] = lambda module: [Candidate("lstm", "candidate", (module.input_size,), run, *options)]
     try:
         module = Mine(8, 12, 2, dropout=0.3, bidirectional=True)
         report = llmkernels.accelerate(module, backend="torch")
     finally:
-        del _user_rules[Mine]
+        del user_rules[Mine]
     if wrong is None:
         assert report.swapped, str(report)
     else:
@@ -213,12 +213,12 @@ def test_a_wrong_cell_is_refused(wrong):
         h, c = recurrent.lstm_cell(module, input, None if wrong == "forgotten" else hx, backend="torch")
         return (c, h) if wrong == "swapped" else (h, c)
 
-    options = (recurrent.probe_cell, recurrent.gate_weights, recurrent.cell_example)
-    _user_rules[MyCell] = lambda module: [Candidate("lstm_cell", "candidate", (8,), run, *options)]
+    options = (recurrent.probe_cell, fan_in, recurrent.cell_example)
+    user_rules[MyCell] = lambda module: [Candidate("lstm_cell", "candidate", (8,), run, *options)]
     try:
         report = llmkernels.accelerate(MyCell(8, 12), backend="torch")
     finally:
-        del _user_rules[MyCell]
+        del user_rules[MyCell]
     assert bool(report.swapped) == (wrong is None), str(report)
 
 

@@ -37,6 +37,21 @@ def test_python_code_in_attention_md_runs():
             exec(compile(block, "docs/attention.md", "exec"), {})
 
 
+def test_python_code_in_accelerate_md_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/accelerate.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(compile(block, "docs/accelerate.md", "exec"), {"__name__": "docs"})
+
+
+def test_accelerate_md_explains_every_option_and_kind():
+    page = (ROOT / "docs/accelerate.md").read_text()
+    for option in inspect.signature(llmkernels.accelerate).parameters.values():
+        assert option.kind is not option.KEYWORD_ONLY or f"{option.name}=" in page or f"`{option.name}`" in page
+    for name in ("LayerNorm", "MultiheadAttention", "LSTMCell", "CrossEntropyLoss", "AttentionMaskInterface"):
+        assert f"`{name}`" in page or name in page
+
+
 def test_the_picture_of_attention_is_what_the_functions_do():
     """Every panel is there by its words; every option of attention is explained on the page."""
     script = runpy.run_path(str(ROOT / "scripts/attention_picture.py"))

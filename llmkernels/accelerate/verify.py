@@ -1,118 +1,110 @@
 """Run a candidate beside the original and judge it row by row.
 
 On copies in fp64 and fp32 with random parameters, on inputs with mean 3, rows scaled from 1e-3 to 1e3 and one
-outlier: outputs, and in fp64 the gradients too. Then once in the module's own dtype with its own parameters. The
-original's hooks are not run, its parameters and the global random state are not touched.
+outlier: outputs and gradients. Then once in the module's own dtype with its own parameters, and, where
+there are inputs that the model itself made for the module, on these. The original's hooks are not run, its parameters
+and the global random state are not touched.
 """
 
-import copy
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from llmkernels.accelerate.rules import Candidate, device_of, parameter_dtype
+from llmkernels.accelerate import trials as trial_kit
+from llmkernels.accelerate.candidate import Candidate, Trial, parameter_dtype
+from llmkernels.accelerate.trials import compare, default_trials, name_of
 
 # Largest error of a row relative to its largest value. fp64 allows for originals that compute in fp32 inside; a wrong
 # eps, form or statistic is off by a percent and more in at least one row.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-5}
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-5}
 
 
-def verify(module: nn.Module, candidate: Candidate, backend: str | None) -> tuple[str | None, float]:
-    """(None, largest relative error of a row) if the candidate agrees with `module`, else (why not, that error)."""
-    worst = 0.0
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        for dtype in (torch.float64, torch.float32):
-            original = _randomised(module, dtype, candidate)
-            x = _inputs(candidate.normalized_shape, dtype, device_of(module))
-            problem, error = _compare(
-                original, candidate, x, backend, _TOLERANCE[dtype], gradients=dtype == torch.float64
-            )
-            worst = max(worst, error)
-            if problem:
-                return f"{candidate.description} disagrees in {_name(dtype)}: {problem}", error
-        own = parameter_dtype(module)
-        # Originals may round once more than we do, before the product with the weight.
-        tolerance = max(4 * torch.finfo(own).eps, _TOLERANCE.get(own, 0.0))
-        x = _inputs(candidate.normalized_shape, own, device_of(module))
-        problem, error = _compare(_copy(module), candidate, x, backend, tolerance, gradients=False)
-        if problem:
-            return f"{candidate.description} disagrees in its own {_name(own)}: {problem}", error
-    return None, worst
+def own_tolerance(dtype: torch.dtype) -> float:
+    """Originals may round once more than we do, before the product with the weight."""
+    return max(4 * torch.finfo(dtype).eps, TOLERANCE.get(dtype, 0.0))
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def backend_for(dtype: torch.dtype, backend: str | None) -> str | None:
+    """The backend to verify with: in fp64, which not all kernels have, the first that can; the formula is the same."""
+    return None if dtype == torch.float64 and backend != "torch" else backend
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    """A copy without gradients or hooks of its own; parameters that are not leaves cannot be deep-copied."""
-    duplicate = copy.copy(module)
-    duplicate._parameters = {
-        name: None if p is None else nn.Parameter(p.detach().clone()) for name, p in module._parameters.items()
-    }
-    duplicate._buffers = {name: None if b is None else b.detach().clone() for name, b in module._buffers.items()}
-    duplicate._modules = {name: None if m is None else _copy(m) for name, m in module._modules.items()}
-    if isinstance(duplicate, nn.RNNBase):
-        duplicate._init_flat_weights()  # torch's forward reads the parameters from a list
-    return duplicate
+class Verifier:
+    """Verifies the candidates of one call of accelerate. Modules that are alike are verified once."""
+
+    def __init__(self, backend: str | None):
+        self.backend = backend
+        self._known: dict[tuple, tuple[str | None, float]] = {}
+
+    def verify(self, module: nn.Module, candidate: Candidate, captured: tuple | None) -> tuple[str | None, float]:
+        """(None, largest relative error of a row) if the candidate agrees with `module`, else (why not, that error).
+
+        `captured` is (args, kwargs) of a call of the module in the model, if there was one.
+        """
+        key = None
+        if candidate.alike is not None:
+            key = (candidate.op, candidate.description, candidate.alike(module))
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            problem, error = self.once(key, lambda: self._generated(module, candidate))
+            if problem is None and captured is not None and candidate.trials is None:
+                problem, seen = compare_captured(module, candidate, captured, self.backend)
+                error = max(error, seen)
+        return problem, error
+
+    def once(self, key: tuple | None, judge: Callable) -> tuple[str | None, float]:
+        """What was found for modules that are alike, or what `judge` finds; without a key always the latter."""
+        if key is None:
+            return judge()
+        if key not in self._known:
+            self._known[key] = judge()
+        return self._known[key]
+
+    def _generated(self, module: nn.Module, candidate: Candidate) -> tuple[str | None, float]:
+        own, worst = parameter_dtype(module), 0.0
+        for dtype in (torch.float64, torch.float32, None):
+            is_own = dtype is None
+            dtype = own if is_own else dtype
+            backend = backend_for(dtype, self.backend)
+            if candidate.trials is not None:
+                cases = candidate.trials(module, dtype, backend)
+            else:
+                cases = default_trials(module, candidate, dtype, backend, own=is_own)
+            tolerance = own_tolerance(dtype) if is_own else TOLERANCE[dtype]
+            for trial in cases:
+                problem, error = compare(trial, tolerance, gradients=not is_own)
+                if problem:
+                    where = f"its own {name_of(dtype)}" if is_own else name_of(dtype)
+                    return f"{candidate.description} disagrees in {where}: {problem}", error
+                # Rounding to 16 bits says nothing about the candidate.
+                worst = worst if is_own else max(worst, error)
+        return None, worst
 
 
-def _randomised(module: nn.Module, dtype: torch.dtype, candidate: Candidate) -> nn.Module:
-    duplicate = _copy(module).to(dtype)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in duplicate.parameters():
-        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data = candidate.weights(values).to(parameter)
-    return duplicate
+def compare_captured(module, candidate: Candidate, captured: tuple, backend: str | None) -> tuple[str | None, float]:
+    """Both forwards on what the model gave the module: outputs and gradients, in the module's own dtype."""
+    leaves, spec = pytree.tree_flatten(captured)
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    copied = trial_kit.plain_copy(module)
 
+    def call(forward, *inputs):
+        filled = list(leaves)
+        for i, value in zip(at, inputs, strict=True):
+            filled[i] = value
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        found = [x.flatten() for x in pytree.tree_leaves(forward(*args, **kwargs)) if isinstance(x, Tensor)]
+        return torch.cat([x for x in found if x.is_floating_point()])
 
-def _inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`[1, 8, *shape]`: rows of mean 3 scaled by 1e-3 ... 1e3, and one of scale 1 with an outlier."""
-    generator = torch.Generator().manual_seed(2)
-    rows = torch.randn((8, *shape), generator=generator, dtype=torch.float64) + 3.0
-    scales = torch.cat([torch.logspace(-3, 3, 7, dtype=torch.float64), torch.ones(1, dtype=torch.float64)])
-    rows = rows * scales.view(8, *[1] * len(shape))
-    rows[7].view(-1)[0] = 100.0
-    return rows[None].to(dtype).to(device)
-
-
-def _compare(
-    original: nn.Module, candidate: Candidate, x: Tensor, backend: str | None, tolerance: float, *, gradients: bool
-) -> tuple[str | None, float]:
-    try:
-        expected = _run(lambda t: candidate.probe(original, original.forward, t), original, x, gradients)
-    except Exception as error:  # whatever a user's module raises is the reason that is reported
-        return f"the original cannot be run on one tensor ({type(error).__name__}: {error})", float("inf")
-    replaced = functools.partial(candidate.run, original, backend=backend)
-    actual = _run(lambda t: candidate.probe(original, replaced, t), original, x, gradients)
-    worst = 0.0
-    for name, want in expected.items():
-        got = actual[name]
-        if got.dtype != want.dtype or got.shape != want.shape:
-            ours, theirs = (f"{_name(t.dtype)} {tuple(t.shape)}" for t in (got, want))
-            return f"{name} is {ours}, the original's {theirs}", float("inf")
-        rows = 8 if got.shape == x.shape else 1
-        want, got = want.double().reshape(rows, -1), got.double().reshape(rows, -1)
-        if not torch.equal(torch.isnan(want), torch.isnan(got)):
-            return f"{name}: NaN in one and not in the other", float("inf")
-        error = ((got - want).abs().nan_to_num(0.0).amax(-1) / want.abs().amax(-1).clamp_min(1e-30)).max().item()
-        worst = max(worst, error)
-        if error > tolerance:
-            return f"{name} of a row is off by {error:.1e} of its largest value, allowed {tolerance:.1e}", error
-    return None, worst
-
-
-def _run(forward, module: nn.Module, x: Tensor, gradients: bool) -> dict[str, Tensor]:
-    x = x.clone().requires_grad_(gradients)
-    y = forward(x)
-    if not isinstance(y, Tensor):
-        raise TypeError(f"returns {type(y).__name__}, expected a tensor")
-    results = {"output": y.detach()}
-    if gradients:
-        generator = torch.Generator().manual_seed(3)
-        dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
-        names, parameters = zip(*module.named_parameters(), strict=True) if list(module.parameters()) else ((), ())
-        grads = torch.autograd.grad(y, (x, *parameters), dy)
-        results |= {f"gradient of {name}": grad for name, grad in zip(("input", *names), grads, strict=True)}
-    return results
+    copied.eval()  # dropout would be drawn anew
+    trial = Trial(
+        functools.partial(call, copied.forward),
+        functools.partial(call, functools.partial(candidate.run, copied, backend=backend)),
+        tuple(leaves[i] for i in at),
+        tuple(copied.named_parameters()),
+    )
+    # A gradient here is a sum over all rows of the input, whose rounding errors add up.
+    dtype = parameter_dtype(module)
+    problem, error = compare(trial, 8 * own_tolerance(dtype), gradients=True)
+    return (problem and f"{candidate.description} disagrees on the example inputs: {problem}"), error

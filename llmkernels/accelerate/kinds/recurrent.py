@@ -7,7 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import rnn
 
-from llmkernels.ops.lstm.module import run_lstm, run_lstm_cell
+from llmkernels.accelerate.candidate import Candidate, Found, fan_in
+from llmkernels.ops.lstm.module import LSTMCell, run_lstm, run_lstm_cell
+
+
+def recognise(module: nn.Module) -> Found:
+    if type(module).forward is nn.LSTM.forward:
+        return [Candidate("lstm", "lstm", (module.input_size,), lstm, probe_lstm, fan_in, lstm_example)], ""
+    if type(module).forward is nn.LSTMCell.forward:
+        return [
+            Candidate("lstm_cell", "lstm_cell", (module.input_size,), lstm_cell, probe_cell, fan_in, cell_example)
+        ], ""
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)) and not isinstance(module, LSTMCell):
+        return [], "its forward is not torch's"
+    return None
 
 
 def lstm(module: nn.LSTM, input, hx=None, *, backend: str | None = None):
@@ -32,11 +45,6 @@ def cell_example(module: nn.LSTMCell) -> tuple[Tensor | None, ...]:
     """Tensors for the question which backend would run it."""
     hidden, like = module.hidden_size, module.weight_ih
     return like.new_empty(1, module.input_size), *[like.new_empty(1, hidden)] * 2, like, module.weight_hh, None, None
-
-
-def gate_weights(values: Tensor) -> Tensor:
-    """Parameters from normal values, with which gates are neither open nor closed."""
-    return values * (values.shape[-1] ** -0.5 if values.dim() > 1 else 0.5)
 
 
 def _states(count: tuple[int, ...], sizes: tuple[int, int], like: Tensor) -> tuple[Tensor, ...]:

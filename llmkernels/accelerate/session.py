@@ -1,0 +1,147 @@
+"""One run of `accelerate` over a model."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from llmkernels import registry
+from llmkernels.accelerate import swap, timing, whole
+from llmkernels.accelerate.candidate import Candidate, at_home, device_of, parameter_dtype, tensors_of
+from llmkernels.accelerate.huggingface import has_pretrained
+from llmkernels.accelerate.kinds import recognise
+from llmkernels.accelerate.report import Entry, Report
+from llmkernels.accelerate.select import Selection
+from llmkernels.accelerate.trials import CANNOT_RUN
+from llmkernels.accelerate.verify import Verifier
+
+
+class Session:
+    """What is asked for, and what is known on the way: the report, verifications, what modules are given."""
+
+    def __init__(self, model: nn.Module, backend: str | None, include, exclude, *, verify: bool, benchmark: bool):
+        self.model, self.backend = model, backend
+        self.selection = Selection(model, include, exclude)
+        self.verifier = Verifier(backend)
+        self.verify, self.benchmark = verify, benchmark
+        self.report = Report(model=model)
+        self.captured: dict[int, tuple] = {}
+        self._speeds: dict[tuple, float] = {}
+
+    def run(self, example_inputs) -> Report:
+        homes = _homes(self.model)
+        found = {}
+        for module in self.model.modules():
+            with at_home(*homes[id(module)]):
+                known = None if isinstance(module, swap.Accelerated) else recognise(module)
+            found[id(module)] = known
+        call = None if example_inputs is None else whole.as_call(example_inputs)
+        before = None
+        if call is not None:
+            watched = [m for m in self.model.modules() if found[id(m)] is not None and found[id(m)][0]]
+            before, self.captured = whole.run(self.model, call, watched)
+        unchanged = swap.state(self.model)
+        covered: set[int] = set()
+        for path, module in self.model.named_modules():
+            if isinstance(module, swap.Accelerated):
+                name = swap.original_class(module).__name__
+                covered |= _covered(module, module._llmkernels[0])
+                self.report.entries.append(Entry(path, name, True, "swapped before", replacement="swapped before"))
+            elif found[id(module)] is not None and id(module) not in covered:
+                with at_home(*homes[id(module)]):
+                    self.report.entries.append(self._consider(path, module, *found[id(module)], covered))
+        if has_pretrained(self.model):
+            from llmkernels.accelerate.huggingface import settings
+
+            self.report.entries += settings.apply(self)
+        if before is not None:
+            self._judge(before, call, unchanged)
+        return self.report
+
+    def _judge(self, before: whole.Outcome, call, unchanged) -> None:
+        agrees, sentence = whole.compare(before, whole.run(self.model, call)[0])
+        self.report.whole = sentence
+        if not agrees:
+            swap.back_to(self.model, unchanged)
+            self.report.whole = f"{sentence}; nothing was swapped"
+            self.report.entries = [_taken_back(entry) for entry in self.report.entries]
+
+    def _consider(self, path: str, module: nn.Module, found: list[Candidate], why: str, covered: set[int]) -> Entry:
+        name = type(module).__name__
+        if found and (reason := self.selection.why_not(module)) is not None:
+            return Entry(path, name, False, reason)
+        reasons = [] if found else [why]
+        for candidate in found:
+            runs, refusal = self.runs_on(candidate.op, _example(module, candidate))
+            error = speed = None
+            if refusal is None and (self.verify or len(found) > 1):
+                refusal, error = self.verifier.verify(module, candidate, self.captured.get(id(module)))
+            if refusal is not None:
+                reasons.append(refusal)
+                if CANNOT_RUN in refusal:  # nor could it beside the others
+                    break
+                continue
+            if self.benchmark:
+                speed = self._speed(module, candidate)
+                if (refusal := timing.refusal(speed)) is not None:
+                    return Entry(path, name, False, refusal, error, speed=speed)
+            covered |= _covered(module, candidate.run)
+            swap.swap(module, candidate.run, self.backend)
+            detail = f"{candidate.description} on {runs}"
+            return Entry(path, name, True, detail, error, candidate.description, runs, speed)
+        return Entry(path, name, False, "; ".join(dict.fromkeys(reasons)))
+
+    def _speed(self, module: nn.Module, candidate: Candidate) -> float:
+        key = (candidate.description, candidate.alike(module)) if candidate.alike is not None else (id(module),)
+        given = self.captured.get(id(module))
+        return self.measured(key, lambda: timing.speed(module, candidate, given, self.backend))
+
+    def measured(self, key: tuple, measure: Callable[[], float]) -> float:
+        """What was measured for modules that are alike, or what `measure` finds."""
+        if key not in self._speeds:
+            self._speeds[key] = measure()
+        return self._speeds[key]
+
+    def runs_on(self, op: str, tensors: tuple) -> tuple[str, str | None]:
+        """The backend that would run `op`, and None; or why there is nothing to gain."""
+        explained = registry.explain_call(op, tensors, self.backend)
+        if explained.chosen is None:
+            return "", f"backend {self.backend!r} cannot run it: {explained.reasons[self.backend]}"
+        if explained.chosen == "torch" and registry.forced_backend(self.backend) is None:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in explained.reasons.items() if reason)
+            return "", f"nothing faster than plain PyTorch runs it here ({reasons})"
+        return explained.chosen, None
+
+
+def _covered(module: nn.Module, run: Callable) -> set[int]:
+    return {id(getattr(module, child)) for child in getattr(run, "covers", ())}
+
+
+def _taken_back(entry: Entry) -> Entry:
+    if not entry.swapped or entry.detail == "swapped before":
+        return entry
+    return Entry(entry.path, entry.module, False, "the whole model disagrees", entry.error, speed=entry.speed)
+
+
+def _example(module: nn.Module, candidate: Candidate) -> tuple:
+    if candidate.example is not None:
+        return candidate.example(module)
+    example = torch.empty((1, *candidate.normalized_shape), dtype=parameter_dtype(module), device=device_of(module))
+    return (*[example] * 3, None, None, None)
+
+
+def _homes(model: nn.Module) -> dict[int, tuple[torch.dtype, torch.device]]:
+    """Dtype and device of each module; of one without tensors those of what it is in."""
+    homes: dict[int, tuple[torch.dtype, torch.device]] = {}
+
+    def visit(module: nn.Module, outer: tuple[torch.dtype, torch.device]) -> None:
+        if id(module) in homes:
+            return
+        with at_home(*outer):
+            own = (parameter_dtype(module), device_of(module)) if tensors_of(module) else outer
+        homes[id(module)] = own
+        for child in module.children():
+            visit(child, own)
+
+    visit(model, (torch.float32, torch.device("cpu")))
+    return homes
