@@ -9,8 +9,10 @@ from torch import nn
 
 CONFIG = "config.json"
 # What goes along with a model: tokenizer, templates, settings of generation, licence. Weights have other endings.
-SMALL = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".md", "")
-LEFT = (CONFIG, "quantize_config.json", ".index.json")  # ends of names of what says how the weights are stored
+SMALL = (".json", ".txt", ".model", ".tiktoken", ".jinja", ".md")
+NAMED = ("LICENSE", "NOTICE")
+LEFT = (CONFIG, "quantize_config.json")  # what says how the weights are stored, as an index does
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -92,6 +94,32 @@ def first_line(error: BaseException) -> str:
 
 def small_files(folder: Path) -> list[Path]:
     """What is copied along with a model."""
-    return sorted(
-        path for path in folder.iterdir() if path.is_file() and path.suffix in SMALL and not path.name.endswith(LEFT)
-    )
+    left = lambda name: name in LEFT or name.endswith(".index.json")
+    wanted = lambda name: name.startswith(NAMED) or (name.endswith(SMALL) and not left(name))
+    return sorted(path for path in folder.iterdir() if path.is_file() and wanted(path.name))
+
+
+def has_weights(folder: Path) -> bool:
+    return any(True for ending in WEIGHTS for _ in folder.glob(ending))
+
+
+def read(folder: Path, document: dict[str, Any], dtype: torch.dtype | None) -> nn.Module:
+    """The model of a folder with weights as transformers writes them, in eval mode; None: the dtype of the files.
+
+    Raises: ValueError, the weights cannot be read, or are not all there.
+    """
+    kind = class_of(document, f"{folder.name}: {CONFIG}")
+    try:
+        model, found = kind.from_pretrained(
+            folder, local_files_only=True, dtype=dtype or "auto", output_loading_info=True
+        )
+    except Exception as error:  # of transformers, safetensors or pickle, whatever is wrong with a file
+        raise ValueError(
+            f"{folder.name}: its weights cannot be read as {kind.__name__}: {first_line(error)}"
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"{folder.name}: its weights do not have {', '.join(missing[:3])}{more}, which {kind.__name__} has"
+        )
+    return model.eval()
