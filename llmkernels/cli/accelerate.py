@@ -33,7 +33,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--embeddings", action="store_true", help="quantize embeddings too")
     parser.add_argument("--out", type=Path, help="write the model there, for checkpoints.load_folder")
     parser.add_argument("--report", type=Path, help="write what was done: .html, .json or .txt")
-    parser.add_argument("--dtype", help=f"{', '.join(page.DTYPES)} (default: that of the files)")
+    parser.add_argument("--dtype", help=f"{', '.join(hugging_face.DTYPES)} (default: that of the files)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it is verified")
     parser.add_argument("--backend", choices=registry.BACKENDS, help="force a backend (default: the fastest)")
     parser.add_argument("--benchmark", action="store_true", help="time each replacement, and leave out the slower ones")
@@ -56,9 +56,9 @@ class Work:
         """Time a part of the work, under a bar that says how many of them are done."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         begin = time.perf_counter()
-        with Progress(*columns, console=console, transient=True) as progress:
-            progress.add_task(name, total=2 + sum(map(bool, (self.args.quantize, self.args.out))),
-                              completed=len(self.seconds))  # fmt: skip
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            total = 2 + sum(map(bool, (self.args.quantize, self.args.out)))
+            progress.add_task(name, total=total, completed=len(self.seconds))
             yield
         self.seconds[name] = time.perf_counter() - begin
 
@@ -85,12 +85,17 @@ def _check(args) -> None:
     for option in ("group_size", "skip", "embeddings"):
         if args.quantize is None and getattr(args, option):
             raise UsageError(f"--{option.replace('_', '-')} without --quantize")
-    if args.dtype is not None and args.dtype not in page.DTYPES:
-        raise UsageError(f"--dtype is {args.dtype!r}, expected one of {', '.join(page.DTYPES)}")
+    if args.dtype is not None and args.dtype not in hugging_face.DTYPES:
+        raise UsageError(f"--dtype is {args.dtype!r}, expected one of {', '.join(hugging_face.DTYPES)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device")
     if args.out is not None and (args.out.is_file() or (args.out.is_dir() and any(args.out.iterdir()))):
         raise UsageError(f"--out: {args.out} is there and not empty")
+    for option, path in (("--out", args.out), ("--report", args.report)):
+        if path is not None:
+            there = next(each for each in (path, *path.absolute().parents) if each.exists())
+            if not (there.is_dir() or there == path) or not os.access(there, os.W_OK):
+                raise UsageError(f"{option}: cannot write to {path}")
     if args.report is not None and args.report.suffix not in page.WRITERS:
         raise UsageError(f"--report is {args.report.name!r}, expected to end with one of {', '.join(page.WRITERS)}")
     if args.report is not None and not args.report.parent.is_dir():
@@ -160,7 +165,8 @@ def _load(work: Work) -> nn.Module:
     config = args.model / hugging_face.CONFIG if args.model.is_dir() else args.model
     document = hugging_face.json_of(config)
     if args.model.is_dir():
-        method = (document.get("quantization_config") or {}).get("quant_method")
+        quantized = document.get("quantization_config")
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         if folders.is_ours(args.model):
             model = load_folder(args.model, accelerated=False)
             if dtype not in (None, model.dtype):

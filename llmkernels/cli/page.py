@@ -10,7 +10,6 @@ from llmkernels.accelerate.swap import original_class
 from llmkernels.quantization.report import Report as QuantizeReport
 from llmkernels.quantization.report import bytes_text
 
-DTYPES = ("float32", "bfloat16", "float16")
 _STYLE = """
 body { font: 15px/1.45 sans-serif; margin: 2em auto; max-width: 80em; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; margin: 1.5em 0; }
