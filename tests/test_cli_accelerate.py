@@ -1,5 +1,6 @@
 """`llmkernels accelerate` on small models that the tests save themselves, and the way back: checkpoints.load_folder."""
 
+import argparse
 import html
 import json
 import shutil
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 import llmkernels
+from llmkernels.cli import accelerate as command
 from llmkernels.cli import main
 from llmkernels.quantization import SCHEMES, checkpoints
 from llmkernels.quantization.checkpoints import folders
 from tests.hf_models import FAMILIES, output_of
+from tests.tree import ROOT
 
 WORDS = ["[UNK]", "<s>", "</s>", "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
 TEXT = "the quick brown fox jumps over the lazy dog"
@@ -220,6 +223,24 @@ def test_refuses_folders(saved, tmp_path, capsys):
     (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
     (folder / "model.safetensors").unlink()
     assert "describes no LlamaForCausalLM" in refused(capsys, folder)
+
+
+def test_a_model_that_disagrees_on_the_prompt_is_status_one(saved, capsys, monkeypatch):
+    from llmkernels.accelerate import whole
+
+    monkeypatch.setattr(whole, "compare", lambda before, after: (False, "outputs differ by 1 of their size"))
+    assert main(["accelerate", str(saved / "llama"), "--prompt", TEXT]) == 1
+    text = capsys.readouterr().out
+    assert "0 swapped" in text and "nothing was swapped" in text and "off by 0.0e+00" in text
+
+
+def test_every_option_is_explained():
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    page = (ROOT / "docs/accelerate.md").read_text()
+    options = [option for action in parser._actions for option in action.option_strings if option != "--help"]
+    assert len(options) > 10
+    assert all(option == "-h" or f"`{option}" in page for option in options)
 
 
 def test_refuses_without_transformers(saved, capsys, monkeypatch):

@@ -248,5 +248,6 @@ def _llama(sizes: Sizes) -> Iterator[Case]:
     name = f"LLaMA-style decoder, {layers} x {width}"
     yield Case(name, f"train, 2 x {length}", "tokens", tokens.numel(), **common, goal="1.5x",
                loss=lambda model: model(tokens, labels=tokens, use_cache=False).loss)  # fmt: skip
-    yield Case(name, f"greedy decode, {sizes.prompt} + {count}", "tokens", count, **common, run=decode, products_stay=False,
-               goal="1.5x; int8 1.8x bf16, int4 3x bf16", schemes=(("int8", "bf16"), ("int4", "bf16")))  # fmt: skip
+    yield Case(name, f"greedy decode, {sizes.prompt} + {count}", "tokens", count, **common, run=decode,
+               products_stay=False, goal="1.5x; int8 1.8x bf16, int4 3x bf16",
+               schemes=(("int8", "bf16"), ("int4", "bf16")))  # fmt: skip
