@@ -2,10 +2,9 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
+import torch
 
 from benchmarks import tables
 from tests.tree import ROOT
@@ -13,15 +12,20 @@ from tests.tree import ROOT
 SCRIPT = ROOT / "benchmarks/models/run.py"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), "--quick", "--seconds", "0.01", "--threads", "1", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+@pytest.fixture
+def script(monkeypatch):
+    """The script as a module, in the process of the tests."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    spec = importlib.util.spec_from_file_location("models_run", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_every_model_is_measured_in_every_way(tmp_path):
+def test_every_model_is_measured_in_every_way(script, tmp_path):
     out = tmp_path / "models.json"
-    done = run("--json", str(out))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert script.main(["--quick", "--seconds", "0.01", "--threads", "1", "--json", str(out)]) == 0
     document = json.loads(out.read_text())
     modes = {(result["model"].split()[0], result["mode"].split(",")[0]) for result in document["results"]}
     expected = {("LSTM", "train"), ("LSTM", "inference"), ("LSTM", "one token at a time"), ("Transformer", "train"),
@@ -43,21 +47,21 @@ def test_every_model_is_measured_in_every_way(tmp_path):
     assert len(lines) == 4 + len(document["results"]) and all(line.count("|") == 12 for line in lines[2:])
 
 
-def test_wrong_arguments(tmp_path):
-    for arguments, message in (
-        (("--threads", "0"), "--threads is 0"),
-        (("--only", "nonesuch"), "no model has 'nonesuch' in its name"),
-        (("--json", str(tmp_path / "nowhere/out.json")), "--json: no folder"),
-    ):
-        done = run(*arguments)
-        assert done.returncode == 2 and message in done.stderr
+@pytest.mark.parametrize(
+    "arguments, message",
+    (
+        (["--threads", "0"], "--threads is 0"),
+        (["--only", "nonesuch"], "no model has 'nonesuch' in its name"),
+        (["--json", "/nowhere/out.json"], "--json: no folder /nowhere"),
+    ),
+)
+def test_wrong_arguments(script, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--quick", *arguments])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_wrong_answer_gets_no_time(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("models_run", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_a_wrong_answer_gets_no_time(script, monkeypatch):
     case = next(case for case in script.cases(script.QUICK) if case.mode.startswith("inference"))
     runners = dict(case.runners())
     answer = runners["llmkernels bf16"].answer
