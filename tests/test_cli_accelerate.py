@@ -15,6 +15,7 @@ from llmkernels.cli import main
 from llmkernels.quantization import SCHEMES, checkpoints
 from llmkernels.quantization.checkpoints import folders
 from tests.hf_models import FAMILIES, output_of
+from tests.quantization import packers
 from tests.tree import ROOT
 
 WORDS = ["[UNK]", "<s>", "</s>", "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
@@ -152,6 +153,33 @@ def test_what_is_written_can_be_given_again(saved, tmp_path, capsys):
     assert main(["accelerate", str(first), "--dtype", "bfloat16"]) == 2
     error = capsys.readouterr().err
     assert "quantized before" in error and "was written in torch.float32" in error
+
+
+@pytest.mark.parametrize("method", ("awq", "gptq"))
+def test_packed_folders_become_ours(method, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=1, max_position_embeddings=32, **sizes)
+    model, arrays = transformers.LlamaForCausalLM(config).eval(), {}
+    for number, (name, tensor) in enumerate(model.state_dict().items()):
+        if name.endswith("_proj.weight"):
+            layer = packers.random_layer(number, *tensor.shape[::-1], 32, desc_act=method == "gptq")
+            packed = getattr(packers, method)(layer)
+            arrays |= {f"{name.removesuffix('.weight')}.{part}": array for part, array in packed.items()}
+        else:
+            arrays[name] = tensor.numpy().copy()
+    packed, out = tmp_path / "packed", tmp_path / "out"
+    packed.mkdir()
+    packers.write_folder(packed, arrays, {"quant_method": method, "bits": 4, "group_size": 32})
+    written = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(written | config.to_dict()))
+    assert main(["accelerate", str(packed), "--out", str(out)]) == 0
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+    assert len(checkpoints.load_pretrained(model, packed)) == 7
+    llmkernels.accelerate(model)
+    tokens = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        assert torch.equal(checkpoints.load_folder(out)(tokens).logits, model(tokens).logits)
 
 
 def test_options_of_accelerate(saved, capsys):

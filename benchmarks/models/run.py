@@ -11,6 +11,7 @@ shows in seconds that it works. Eager PyTorch runs in fp32 and in bf16, and the 
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -111,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--threads is {args.threads}, expected at least 1")
     if args.json is not None and not args.json.parent.is_dir():
         parser.error(f"--json: no folder {args.json.parent}")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # its own lines about each profile
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     console, results = make_console(), []
