@@ -234,6 +234,7 @@ def test_refuses_folders(saved, tmp_path, capsys):
 
     assert "unknown model type 'nonesuch'" in refused(capsys, config(model_type="nonesuch"))
     assert "unknown model type None" in refused(capsys, config(model_type=None))
+    assert "unknown model type ['llama']" in refused(capsys, config(model_type=["llama"]))
     assert "architectures is ['LlamaForWeather']" in refused(capsys, config(architectures=["LlamaForWeather"]))
     assert "architectures is [1]" in refused(capsys, config(architectures=[1]))
     assert "weights cannot be read" in refused(capsys, config(hidden_size=64))
@@ -250,6 +251,8 @@ def test_refuses_folders(saved, tmp_path, capsys):
     assert "no JSON that can be read" in refused(capsys, folder)
     (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
     (folder / "model.safetensors").unlink()
+    assert "describes no LlamaForCausalLM: " in refused(capsys, folder)
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": -3}')
     assert "describes no LlamaForCausalLM" in refused(capsys, folder)
 
 
@@ -285,6 +288,7 @@ def test_load_folder_refuses_what_is_not_whole(tmp_path):
     for values, message in (
         ({"version": 2}, "a newer llmkernels wrote it"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"dtype": []}, "dtype is .., expected"),
         ({"weights": "../other"}, "weights is '../other'"),
         ({"swapped": 3}, "swapped is no list"),
         ({"buffers": {}}, "do not have the same buffers"),

@@ -119,7 +119,7 @@ def _about(folder: Path, who: str) -> dict[str, Any]:
     version, swapped = about.get("version"), about.get("swapped")
     if not isinstance(version, int) or version > VERSION:
         raise ValueError(f"{who}: is of version {version!r}, expected up to {VERSION}: a newer llmkernels wrote it")
-    if about.get("dtype") not in hugging_face.DTYPES:
+    if str(about.get("dtype")) not in hugging_face.DTYPES:
         raise ValueError(
             f"{who}: {ABOUT}: dtype is {about.get('dtype')!r}, expected one of {', '.join(hugging_face.DTYPES)}"
         )

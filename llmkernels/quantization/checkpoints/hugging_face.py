@@ -46,7 +46,7 @@ def class_of(document: dict[str, Any], who: str) -> type[nn.Module]:
     Raises: ValueError, transformers has no such type or class.
     """
     package, kind = transformers(), document.get("model_type")
-    if kind not in package.CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in package.CONFIG_MAPPING:
         raise ValueError(f"{who}: unknown model type {kind!r}: transformers {package.__version__} has no such model")
     names = document.get("architectures")
     if names:
@@ -88,8 +88,9 @@ def make(document: dict[str, Any], dtype: torch.dtype, who: str, *, initialised:
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an error, shortened to one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The message of an error, shortened to one line: the first, and the next where it ends with a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def small_files(folder: Path) -> list[Path]:
