@@ -102,8 +102,12 @@ def test_other_families_from_python(name, tmp_path):
     assert llmkernels.restore(plain) == 0
     with pytest.raises(FileExistsError, match="not empty"):
         checkpoints.save_folder(model, tmp_path / "out")
-    with pytest.raises(TypeError, match="expected a PreTrainedModel"):
-        checkpoints.save_folder(torch.nn.Linear(2, 2), tmp_path / "other")
+    mine = type("Mine", (type(family.make()),), {})(model.config)
+    for other in (torch.nn.Linear(2, 2), mine):
+        with pytest.raises(TypeError, match="expected a model class of transformers"):
+            checkpoints.save_folder(other, tmp_path / "other")
+    with pytest.raises(TypeError, match="verify with accelerated=False"):
+        checkpoints.load_folder(tmp_path / "out", accelerated=False, verify=False)
 
 
 def test_reports_and_prompt(saved, tmp_path, capsys):

@@ -3,7 +3,7 @@
     config.json                what the model is, as transformers has it; `quantization_config` says that it is ours
     llmkernels.safetensors     the weights, as own.py writes them; of a model without quantized layers model.safetensors
     tokenizer files and others, copied
-    llmkernels.json            {"version": 1, "class": ..., "dtype": ..., "weights": ..., "swapped": [paths] | null,
+    llmkernels.json            {"version": 1, "dtype": ..., "weights": ..., "swapped": [paths] | null,
                                 "buffers": {name: dtype}}
 
 llmkernels.json is written last: a folder with it is whole. `buffers` are those that models make themselves and that no
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkernels.accelerate import Report, accelerate
-from llmkernels.accelerate.swap import Accelerated, original_class
+from llmkernels.accelerate.swap import original_class
 from llmkernels.quantization.checkpoints import hugging_face, own
 from llmkernels.quantization.checkpoints.hugging_face import CONFIG
 
@@ -44,11 +44,11 @@ def save_folder(model: nn.Module, folder: str | Path, *, source: str | Path | No
         no such source; what `save` raises.
     """
     package, folder = hugging_face.transformers(), Path(folder)
-    if not isinstance(model, package.PreTrainedModel):
-        raise TypeError(f"save_folder: model is a {type(model).__name__}, expected a PreTrainedModel of transformers")
+    kind = original_class(model).__name__
+    if not isinstance(model, package.PreTrainedModel) or not isinstance(model, getattr(package, kind, ())):
+        raise TypeError(f"save_folder: model is a {kind}, expected a model class of transformers")
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder}: is not empty")
-    kind = (original_class(model) if isinstance(model, Accelerated) else type(model)).__name__
     if source is None:
         document, files = json.loads(model.config.to_json_string(use_diff=False)), []
         document.pop("_attn_implementation", None)
@@ -71,13 +71,15 @@ def save_folder(model: nn.Module, folder: str | Path, *, source: str | Path | No
     _write(folder / CONFIG, document)
     own.save(model, folder / weights)
     swapped = None if report is None else sorted({entry.path for entry in report.swapped})
-    about = {"version": VERSION, "class": kind, "dtype": dtype, "weights": weights, "swapped": swapped}
-    about["buffers"] = {name: _name(buffer.dtype) for name, (_, buffer) in _own_buffers(model).items()}
+    buffers = {name: _name(buffer.dtype) for name, (_, buffer) in _own_buffers(model).items()}
+    about = {"version": VERSION, "dtype": dtype, "weights": weights, "swapped": swapped, "buffers": buffers}
     _write(folder / ABOUT, about)
 
 
 def load_folder(folder: str | Path, *, accelerated: bool = True, device: str = "cpu", **options) -> nn.Module:
     """A model of a folder of `save_folder`, ready to run: quantized as it was, accelerated, in eval mode.
+
+    Attention that is not swapped is what transformers chooses, as in a model that it loads.
 
     Args:
         accelerated: False leaves the model to plain PyTorch, but for its quantized layers.
@@ -86,8 +88,11 @@ def load_folder(folder: str | Path, *, accelerated: bool = True, device: str = "
             model was saved.
     Returns: the model; `llmkernels.restore` undoes the acceleration.
     Raises: FileNotFoundError; ValueError: the folder is none of ours, not whole, of a newer version, or its files do
-        not fit each other; ModuleNotFoundError: transformers or safetensors is not installed; what `accelerate` raises.
+        not fit each other; TypeError, options without acceleration; ModuleNotFoundError: transformers or safetensors is
+        not installed; what `accelerate` raises.
     """
+    if options and not accelerated:
+        raise TypeError(f"load_folder: {', '.join(options)} with accelerated=False, expected no options of accelerate")
     folder = Path(folder)
     who = f"load_folder: {folder.name}"
     hugging_face.transformers()
