@@ -27,8 +27,8 @@ from llmkernels.benchmarking.timer import interleave, ratio, summary
 from llmkernels.cli.console import make_console
 
 # Largest error of the outputs, relative to those of eager fp32, with which a time counts: what accelerate() asks of a
-# whole model; in bf16 twice what eager bf16 has. With quantized weights and random models 0.03 (int8), 0.02 (w8a8) and 0.3
-# (int4) were seen; outputs that have nothing in common are off by 1.4.
+# whole model; in bf16 twice what eager bf16 has. With quantized weights and random models 0.03 (int8), 0.02 (w8a8) and
+# 0.3 (int4) were seen; outputs that have nothing in common are off by 1.4.
 FP32, TIMES_EAGER, QUANTIZED = 2e-4, 2.0, {"int8": 0.1, "w8a8": 0.1, "int4": 0.5}
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 
