@@ -1,7 +1,8 @@
 """Write the tables of results in README.md and docs/*.md from the committed measurements: `make tables`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is the path of a measurement under
-benchmarks/results/ without .json. tests/test_docs.py checks that pages and measurements agree.
+benchmarks/results/ without .json; where there is none yet, the page says so. tests/test_docs.py checks that pages and
+measurements agree.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
+EAGER = ("eager fp32", "eager bf16")
 PEERS = ("torch eager", "torch.compile", "ONNX Runtime")
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -21,8 +23,8 @@ def _milliseconds(value: float) -> str:
 
 def table(document: dict) -> str:
     """The measurements of `llmkernels bench --json` in Markdown: the fastest of our backends beside its peers."""
-    if document.get("table") == "accuracy":
-        return accuracy(document)
+    if (other := OTHERS.get(document.get("table"))) is not None:
+        return other(document)
     facts = document["machine"]
     where = (
         facts["gpu"] if facts["device"] == "cuda" else f"{facts['cpu']} ({facts['isa']}), {facts['threads']} thread(s)"
@@ -72,6 +74,37 @@ def accuracy(document: dict) -> str:
     return "\n".join(lines)
 
 
+def models(document: dict) -> str:
+    """The measurements of benchmarks/models/run.py in Markdown."""
+    facts = document["machine"]
+    lines = [
+        f"{facts['date']}, {facts['cpu']} ({facts['isa']}), {facts['threads']} thread(s), torch {facts['torch']}; items"
+        " per second (peak memory in MB), medians; the better of eager fp32 and bf16 in bold.",
+        "",
+        "| model | | eager fp32 | eager bf16 | ours fp32 | ours bf16 | quantized | times eager fp32 | times eager bf16 "
+        "| bound | aim |",
+        "|---" * 11 + "|",
+    ]
+    for result in document["results"]:
+        found, best = result["candidates"], result["best_eager"]
+        bold = lambda text, name, best=best: f"**{text}**" if name == best else text
+        cell = lambda name, found=found: f"{found[name]['per_second']:,.0f} ({found[name]['peak_mb']:,.0f})"
+        row = [result["model"], f"{result['mode']}, {result['unit']}"]
+        row += [bold(cell(name), name) for name in EAGER]
+        row += [cell("llmkernels fp32"), cell("llmkernels bf16")]
+        schemes = [name for name in result["ratios"] if name.split()[-1] not in ("fp32", "bf16")]
+        row.append(", ".join(f"{name.split()[-1]} {cell(name)}" for name in schemes) or "-")
+        for peer in EAGER:
+            times = (f"{name.split()[-1]} {ratios[peer]:.2f}x" for name, ratios in result["ratios"].items())
+            row.append(bold(", ".join(times), peer))
+        row.append("-" if result["bound"] is None else f"{result['bound']:.2f}x")
+        lines.append(f"| {' | '.join(row)} | {result['goal']} |")
+    return "\n".join(lines)
+
+
+OTHERS = {"accuracy": accuracy, "models": models}
+
+
 def _rate(result: dict, milliseconds: float, work: bool) -> str:
     if work:
         return f"{result['flops'] / milliseconds / 1e6:.0f}" if result.get("flops") else "-"
@@ -82,7 +115,9 @@ def filled(text: str) -> str:
     """`text` with every table made anew."""
 
     def replacement(found: re.Match) -> str:
-        return found[1] + table(json.loads((RESULTS / f"{found[2]}.json").read_text())) + "\n" + found[3]
+        path = RESULTS / f"{found[2]}.json"
+        made = table(json.loads(path.read_text())) if path.is_file() else f"Not measured yet: {path.name}."
+        return found[1] + made + "\n" + found[3]
 
     return TABLE.sub(replacement, text)
 

@@ -7,8 +7,6 @@ number of threads, whose distance from the first says how far two correct runs m
 
 import argparse
 import copy
-import ctypes
-import gc
 import json
 import math
 import statistics
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 
 import llmkernels
 from llmkernels import machine
+from llmkernels.benchmarking.memory import peak_memory
 from llmkernels.benchmarking.timer import interleave
 from llmkernels.cli import UsageError
 from llmkernels.cli.console import make_console
@@ -219,29 +218,6 @@ def _step(run: Run, optimizer, tensors: tuple[Tensor, ...], loss: Callable, rate
     optimizer.step()
     run.losses.append(found.item())  # also waits for a GPU
     run.seconds.append(time.perf_counter() - begin)
-
-
-def peak_memory(function: Callable[[], Any], device: str) -> float:
-    """Bytes by which a call raises the most memory that is held at once; 0 where the system does not say."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    if sys.platform != "linux":
-        return 0.0
-    ctypes.CDLL(None).malloc_trim(0)  # else what was freed before is reused and not seen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _resident("VmRSS")
-    function()
-    return max(0.0, _resident("VmHWM") - before)
-
-
-def _resident(field: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return float(line.split()[1]) * 1024.0
 
 
 def size(model: nn.Module) -> float:

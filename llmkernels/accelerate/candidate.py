@@ -139,8 +139,12 @@ def at_home(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
 
 
 def parameter_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype a module works in: that of its floating parameters or buffers, else that of the model around it."""
-    return next((t.dtype for t in tensors_of(module) if t.dtype.is_floating_point), _home[0])
+    """The dtype a module works in: that of its floating parameters or buffers, else that of the model around it.
+
+    Eight bits are those of a quantized weight, in which nothing is computed.
+    """
+    dtypes = (t.dtype for t in tensors_of(module))
+    return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), _home[0])
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 
 from torch import nn
 
+from llmkernels import _html
+
 COLUMNS = ("module", "from", "to", "backend", "error", "speed", "why not")
 
 
@@ -101,12 +103,8 @@ class Report:
     def _repr_html_(self) -> str:
         lines = self.lines()
         used = _used(lines)
-        row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-        head = row((COLUMNS[i] for i in used), "th")
-        body = "".join(row((line[i] for i in used), "td") for line in lines)
         tail = "" if self.whole is None else f"<p>{html.escape(self.tail())}</p>"
-        title = f"<caption>{html.escape(self.head())}</caption>"
-        return f"<table>{title}<thead>{head}</thead><tbody>{body}</tbody></table>{tail}"
+        return _html.table(self.head(), [COLUMNS[i] for i in used], ([line[i] for i in used] for line in lines)) + tail
 
 
 def _line(entries: list[Entry]) -> tuple[str, ...]:

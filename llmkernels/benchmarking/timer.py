@@ -54,28 +54,30 @@ def interleave(
     calls: int = 1,
     *,
     overhead: bool = False,
+    warm: int = 2,
+    least: int = 7,
 ) -> dict[str, list[float]]:
     """Seconds of one call, for each round, by candidate.
 
-    Rounds go on until `seconds` are spent, at least 7 and at most 200, after two that are not counted. `calls` in a
-    row make one measurement, for functions too short to be timed alone. The order is rotated from round to round:
-    what runs before a candidate decides what is in the cache. On a GPU its own events take the time, unless it is the
-    `overhead` of the caller that is asked for.
+    Rounds go on until `seconds` are spent, at least `least` and at most 200, after `warm` that are not counted.
+    `calls` in a row make one measurement, for functions too short to be timed alone. The order is rotated from round to
+    round: what runs before a candidate decides what is in the cache. On a GPU its own events take the time, unless it
+    is the `overhead` of the caller that is asked for.
     """
     by_events = device == "cuda" and not overhead
     names = list(candidates)
     times: dict[str, list[float]] = {name: [] for name in names}
     begin = None
-    for round_number in range(202):
-        if round_number == 2:
+    for round_number in range(warm + 200):
+        if round_number == warm:
             begin = time.perf_counter()
         for index in range(len(names)):
             name = names[(index + round_number) % len(names)]
             function = candidates[name]
             taken = _seconds_by_events(function, calls) if by_events else _seconds_by_clock(function, calls, device)
-            if round_number >= 2:
+            if round_number >= warm:
                 times[name].append(taken)
-        if begin is not None and round_number >= 8 and time.perf_counter() - begin > seconds:
+        if begin is not None and round_number >= warm + least - 1 and time.perf_counter() - begin > seconds:
             break
     return times
 

@@ -1,4 +1,7 @@
-"""`llmkernels info | check | bench | demo`. Each subcommand is a module with add_arguments(parser) and run(args)."""
+"""`llmkernels info | check | bench | accelerate | demo`.
+
+Each subcommand is a module with add_arguments(parser) and run(args).
+"""
 
 import argparse
 import importlib
@@ -8,6 +11,7 @@ SUBCOMMANDS = {
     "info": "what is built, which instruction sets and GPUs, and why anything is absent",
     "check": "the parity battery on this machine, also on shapes you name",
     "bench": "measure ops beside their peers",
+    "accelerate": "accelerate and quantize a model of a local folder of Hugging Face, and write it",
     "demo": "train a small language model on real text, before and after accelerate(model)",
 }
 

@@ -2,6 +2,10 @@
 
 from dataclasses import asdict, dataclass, field
 
+from llmkernels import _html
+
+COLUMNS = ("layer", "class", "format, or why not", "error of the weight", "bytes")
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -23,7 +27,7 @@ class Layer:
 
 @dataclass
 class Report:
-    """Prints as a table. `layers` has a line for each Linear, Embedding and LSTM of the model.
+    """Prints as a table, in a notebook too. `layers` has a line for each Linear, Embedding and LSTM of the model.
 
     `bytes_before` and `bytes_after` are those of all parameters and buffers of the model; weights that are `kept` for
     `restore` are not among them.
@@ -57,7 +61,7 @@ class Report:
         share = self.bytes_after / self.bytes_before if self.bytes_before else 1.0
         return (
             f"quantize: {len(self.quantized)} layers in {self.scheme}, {len(self.skipped)} left as they were;"
-            f" the model: {_bytes(self.bytes_before)} -> {_bytes(self.bytes_after)} ({share:.0%})"
+            f" the model: {bytes_text(self.bytes_before)} -> {bytes_text(self.bytes_after)} ({share:.0%})"
             + (", and the weights it had, kept for restore" if self.kept else "")
         )
 
@@ -66,7 +70,7 @@ class Report:
         for layer in self.layers:
             where, sizes, error = layer.path or "(the model itself)", "", ""
             if layer.quantized:
-                sizes = f"{_bytes(layer.bytes_before)} -> {_bytes(layer.bytes_after)}"
+                sizes = f"{bytes_text(layer.bytes_before)} -> {bytes_text(layer.bytes_after)}"
                 error = f"{layer.error:.2%}"
                 if layer.output_error is not None:
                     error += " (outputs: {:.2%} -> {:.2%})".format(*layer.output_error)
@@ -80,14 +84,17 @@ class Report:
         from rich.table import Table
 
         table = Table(title=self._head())
-        for column in ("layer", "class", "format, or why not", "error of the weight", "bytes"):
+        for column in COLUMNS:
             table.add_column(column, overflow="fold")
         for line in self._lines():
             table.add_row(*line)
         return table
 
+    def _repr_html_(self) -> str:
+        return _html.table(self._head(), COLUMNS, self._lines())
 
-def _bytes(count: int) -> str:
+
+def bytes_text(count: int) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

@@ -53,6 +53,11 @@ def save(model: nn.Module, path: str | Path) -> None:
     write(Path(path), tensors, {"format": "pt", KEY: document})
 
 
+def has_quantized(model: nn.Module) -> bool:
+    """Whether `save` writes quantized layers of this model."""
+    return any(type(module) in OF for module in model.modules())
+
+
 def _described(module: nn.Module) -> dict[str, Any]:
     found = {"kind": OF[type(module)], "tensors": sorted(module.state_dict())}
     if isinstance(module, QuantizedModule):
