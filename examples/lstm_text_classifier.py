@@ -109,7 +109,7 @@ def run(args, console) -> int:
         raise UsageError(f"--text: {pieces.cut} pieces of {LINES} lines to learn from, expected at least {BATCH}")
     console.print(f"{len(pieces.labels):,} pieces of {LINES} lines from {len(texts)} modules")
     study = Study("lstm_text_classifier", args, console, Model(len(texts)).to(args.device), prepare)
-    study.train(pieces.batch, loss, items=BATCH, unit="pieces", rate=5e-3)
+    study.train(pieces.batch, loss, items=BATCH, unit="pieces", rate=2e-3)
     tokens, lengths, labels = (part.to(args.device) for part in pieces.held_out())
     accuracy = lambda model: (model(tokens, lengths).argmax(1) == labels).float().mean()
     study.value("held-out accuracy", "share", accuracy)
@@ -120,4 +120,4 @@ def run(args, console) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(run, __doc__, steps=400))
+    sys.exit(main(run, __doc__, steps=300))

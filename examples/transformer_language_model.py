@@ -127,8 +127,10 @@ def study(args, console, data: tuple[Tensor, Tensor], layers: int) -> int:
     study.train(tokens, loss, items=BATCH * LENGTH, unit="bytes", rate=3e-4, slower=PRODUCTS)
     study.value("held-out loss", "nats", lambda model: held_out(model, held, args.device))
     write = lambda model: sample(model.eval(), b"import os\n", SAMPLED, args.device)
+    undone = study.undone()
+    undone.attend, undone.attend_cached = attend, attend_cached
     with torch.no_grad():
-        texts = [write(model) for model in (study.plain, study.fast)]
+        texts = [write(model) for model in (undone, study.fast)]
     study.facts["same_text"] = texts[0] == texts[1]
     both = (lambda: write(study.plain), lambda: write(study.fast))
     study.time("sampling with a cache", "bytes", SAMPLED, *both, slower=CALLS)
