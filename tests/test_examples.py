@@ -14,7 +14,7 @@ SMALL = {
     "transformer_language_model": (6, 0.95),
     "self_attention_from_scratch": (8, 0.95),
     "bert_classifier": (60, 0.7),
-    "lstm_text_classifier": (120, 0.8),
+    "lstm_text_classifier": (200, 0.95),
     "digits_classifier": (150, 0.2),
     "llama_chat_decode": (8, 0.9),
     "seq2seq_translation": (20, 0.8),
