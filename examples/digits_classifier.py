@@ -54,7 +54,7 @@ def run(args, console) -> int:
     study = Study("digits_classifier", args, console, Model().to(args.device), prepare)
     loss = lambda run, images, labels: run.model.loss(run.model(images), labels)
     study.train(batch, loss, items=BATCH, unit="images", rate=5e-3,
-                slower="a step takes a fifth of a millisecond, nearly all of it calls")  # fmt: skip
+                slower="a step takes half a millisecond, nearly all of it calls")  # fmt: skip
     shown, known = images[cut:].to(args.device), labels[cut:].to(args.device)
     right = lambda model: float((model(shown).argmax(1) == known).float().mean())
     study.value("held-out accuracy", "share", right)
