@@ -114,15 +114,28 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
+def _kernel(x: Tensor, weight: QuantizedTensor):
+    """The native forward of quantized_linear, if it runs on x with int8 activations, else None."""
+    if not x.is_cpu:
+        return None
+    chosen = registry.pick("quantized_linear", (x, weight.data, weight.scales, None, None, None, "int8", 0, "int8"))
+    return chosen.fwd if chosen.name == "cpu" else None
+
+
+def integers_for(x: Tensor, weight: QuantizedTensor | None) -> Tensor | None:
+    """What `linear` of many x takes as `integers`: made once, and not at all where a kernel reads the bytes."""
+    return None if weight is None or _kernel(x, weight) is not None else weight.data.float()
+
+
 def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, *, integers: Tensor | None = None) -> Tensor:
     """x `[M, K]` times the transposed weight, plus bias `[N]`, with int8 activations: fp32 `[M, N]`.
 
-    `integers` is `weight.data.float()`, for callers who need it often. The native kernel gives the same bits.
+    `integers` is from `integers_for`, for callers who need it often. The native kernel gives the same bits.
     """
-    parts = (weight.data, weight.scales, None, None, None if bias is None else bias.float())
-    chosen = registry.pick("quantized_linear", (x, *parts, "int8", 0, "int8")) if x.is_cpu else None
-    if chosen is not None and chosen.name == "cpu":
-        return chosen.fwd(x.float(), *parts, "int8", 0, "int8")
+    kernel = _kernel(x, weight)
+    if kernel is not None:
+        wide = None if bias is None else bias.float()
+        return kernel(x.float(), weight.data, weight.scales, None, None, wide, "int8", 0, "int8")
     values, scales = quantize_rows(x)
     y = integer_product(values, weight.data if integers is None else integers).float() * (scales * weight.scales)
     return y if bias is None else y + bias.float()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from llmkernels import _op, registry
+from llmkernels.testing.battery import evaluate
 from tests.ptxsim import sim, triton_sim
 
 CUDA = {"cuda-sim-sm80": "sm_80", "cuda-sim-sm90a": "sm_90a"}
@@ -95,3 +96,13 @@ def _why_not(name: str) -> Callable[..., str | None]:
         return reason or _op._transform_reason()
 
     return why_not
+
+
+def assert_same_in_any_schedule(cases, case, name: str, async_mode: str) -> None:
+    """The results of a case, bitwise, whenever asynchronous copies land and in two orders of its warps."""
+    inputs = cases.make_inputs(case)
+    expected = evaluate(cases, case, inputs, name)
+    for seed in (1, 2):
+        with sim.device(seed=seed, async_mode=async_mode, check=seed == 1):
+            for result, value in evaluate(cases, case, inputs, name).items():
+                assert torch.equal(value, expected[result]), result

@@ -162,12 +162,7 @@ SCHEDULED = [
 @pytest.mark.parametrize("case", SCHEDULED, ids=str)
 @on_both
 def test_schedules_do_not_change_a_bit(case, backend, async_mode):
-    inputs = cases.make_inputs(case)
-    expected = evaluate(cases, case, inputs, backend)
-    for seed in (1, 2):
-        with sim.device(seed=seed, async_mode=async_mode, check=seed == 1):
-            for name, result in evaluate(cases, case, inputs, backend).items():
-                assert torch.equal(result, expected[name]), name
+    simulated.assert_same_in_any_schedule(cases, case, backend, async_mode)
 
 
 def _filled(name: str, value: float):

@@ -167,7 +167,7 @@ def recurrence(gates_x: Tensor, h0: Tensor, c0: Tensor, w_hh: QuantizedTensor, w
     dtype, acc = h0.dtype, accumulate_dtype(torch.float32)
     steps, room = step_rows(len(gates_x), len(h0), batch_sizes)
     h, c, outputs = h0, c0.to(acc), []
-    integers, integers_hr = (None if w is None else w.data.float() for w in (w_hh, w_hr))  # once, not at every step
+    integers, integers_hr = int8.integers_for(h, w_hh), int8.integers_for(c, w_hr)  # once, not at every step
     for first, count in reversed(steps) if reverse else steps:
         gates = gates_x[first : first + count] + int8.linear(h[:count], w_hh, integers=integers)
         i, f, g, o = _activated(gates)
