@@ -53,6 +53,8 @@ def test_both_ways_agree(name, tmp_path):
         if name in FLOORS:
             assert min(accuracy["plain"], accuracy["fast"]) > FLOORS[name]
         assert name not in SAME or document["facts"][SAME[name]] is True
+        if name == "sentence_search":  # the nearest of all, in integers too
+            assert document["facts"]["same_nearest_int8"] and document["facts"]["same_nearest_w8a8"]
         for row in rows.values():
             assert row["plain"] >= 0.0 and row["fast"] >= 0.0
             if row["ratio"] is None and row["unit"] in ("share", "nats"):
