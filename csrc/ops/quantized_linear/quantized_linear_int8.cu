@@ -95,34 +95,24 @@ __global__ void __launch_bounds__(kInt8Threads, 1)
   using Tile = Int8Tile<kTokens>;
   constexpr int kStage = Tile::kXBytes + kInt8Rows * kInt8Columns;
   extern __shared__ __align__(1024) unsigned char shared[];
-  const QuantizedLinearFwdParams& p = args.p;
-  const QuantizedWeight& w = p.weight;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int M = static_cast<int>(p.M), N = static_cast<int>(w.N), K = static_cast<int>(w.K);
-  const int pitch = (K + kRoundedBlock - 1) / kRoundedBlock * kRoundedBlock;
-  // Blocks side by side share rows of the weight: these are read from memory once, however many rows x has.
-  const int token_blocks = (M + kTokens - 1) / kTokens;
-  const int first_token = static_cast<int>(blockIdx.x) % token_blocks * kTokens;
-  const int first_row = static_cast<int>(blockIdx.x) / token_blocks * kInt8Rows;
-  const int token_of_warp = warp / Tile::kAcross * 16 * Tile::kRowTiles;
-  const int row_of_warp = warp % Tile::kAcross * 8 * Tile::kTiles;
-
-  const int stages = (K + kInt8Columns - 1) / kInt8Columns, splits = static_cast<int>(gridDim.y);
-  const int first_stage = static_cast<int>(int64_t{stages} * blockIdx.y / splits);
-  const int steps = static_cast<int>(int64_t{stages} * (blockIdx.y + 1) / splits) - first_stage;
+  const QuantizedWeight& w = args.p.weight;
+  const Int8Place<kTokens> place(args.p);
+  const int lane = place.lane, token_of_warp = place.token_of_warp, row_of_warp = place.row_of_warp;
   const auto fetch_step = [&](int step) {
-    if (step < steps) {
+    if (step < place.steps) {
       unsigned char* const stage = shared + step % kInt8Stages * kStage;
-      const int column = (first_stage + step) * kInt8Columns;
-      fetch_rows<kTokens>(stage, args.work.rounded, first_token, M, column, pitch, pitch, kVectorBytes);
-      fetch_rows<kInt8Rows>(stage + Tile::kXBytes, w.data, first_row, N, column, K, K, args.weight_unit);
+      const int column = (place.first_stage + step) * kInt8Columns;
+      fetch_rows<kTokens>(stage, args.work.rounded, place.first_token, place.M, column, place.pitch, place.pitch,
+                          kVectorBytes);
+      fetch_rows<kInt8Rows>(stage + Tile::kXBytes, w.data, place.first_row, place.N, column, place.K, place.K,
+                            args.weight_unit);
     }
     ptx::cp_async_commit();
   };
 
   int32_t sums[Tile::kRowTiles][Tile::kTiles][4] = {};
   for (int step = 0; step < kInt8Stages - 1; ++step) fetch_step(step);
-  for (int step = 0; step < steps; ++step) {
+  for (int step = 0; step < place.steps; ++step) {
     ptx::cp_async_wait<kInt8Stages - 2>();
     __syncthreads();  // this stage is there for everybody, and nobody reads the one before any more
     fetch_step(step + kInt8Stages - 1);
@@ -149,29 +139,14 @@ __global__ void __launch_bounds__(kInt8Threads, 1)
     }
   }
   ptx::cp_async_wait<0>();
+  place.template store_sums<T>(args, sums);
+}
 
-#pragma unroll
-  for (int n = 0; n < Tile::kTiles; ++n) {
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const int row = first_row + row_of_warp + n * 8 + lane % 4 * 2 + side;
-      if (row >= N) continue;
-      const float scale = static_cast<const float*>(w.scales)[row];
-      const float bias = p.bias == nullptr ? 0.0f : widen(static_cast<const T*>(p.bias)[row]);
-#pragma unroll
-      for (int m = 0; m < 2 * Tile::kRowTiles; ++m) {
-        const int token = first_token + token_of_warp + m * 8 + lane / 4;
-        if (token >= M) continue;
-        const int32_t sum = sums[m / 2][n][m % 2 * 2 + side];
-        if (splits > 1) {
-          static_cast<int32_t*>(args.work.partial)[(int64_t{blockIdx.y} * M + token) * N + row] = sum;
-        } else {
-          const float y = static_cast<float>(sum) * (args.work.x_scales[token] * scale);
-          static_cast<T*>(p.y)[int64_t{token} * N + row] = narrow<T>(y + bias);
-        }
-      }
-    }
-  }
+template <bool kNorm>
+auto choose_round(DType dtype) {
+  return dtype == DType::kFloat32   ? &quantized_round_kernel<float, kNorm>
+         : dtype == DType::kFloat16 ? &quantized_round_kernel<__half, kNorm>
+                                    : &quantized_round_kernel<__nv_bfloat16, kNorm>;
 }
 
 template <class T>
