@@ -13,6 +13,7 @@ from llmkernels.ops.quantized_linear.cases import EPS, OPS, QuantizedLinearCase
 from llmkernels.quantization.tensor import quantize_tensor
 from llmkernels.testing.battery import expected, failures, judge_results
 from llmkernels.testing.inputs import outputs_and_gradients, short_name
+from tests.ops.test_quantized_linear import INTEGERS, integer_weight, refused
 from tests.support import check_exported
 
 HALF = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,6 +53,24 @@ def test_it_is_the_pair_to_the_last_bit(variant, K, dtype, parameter, backend, d
     torch.testing.assert_close(y, pair, rtol=0, atol=0, equal_nan=True)
     assert y[[5, 6]].isnan().all() and y[[0, 1, 2, 4, 7, 8]].isfinite().all()
     assert torch.equal(y[1], inputs.bias)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=short_name)
+@pytest.mark.parametrize("M", (1, 3, 20, 70))
+@pytest.mark.parametrize("variant", INTEGERS)
+def test_small_integers_are_exact(variant, M, dtype, backend, device, poison):
+    """Rows of ones with signs have the mean square one: what is multiplied are the integers of the norm's weight."""
+    N, K = 45, 204
+    refused(QuantizedLinearCase(variant, M, N, K, dtype), backend, device)
+    weight, codes = integer_weight(variant, N, K, device)
+    generator = torch.Generator().manual_seed(9)
+    x = 2 * torch.randint(0, 2, (M, K), generator=generator) - 1
+    norm_weight = torch.randint(-3, 4, (K,), generator=generator)
+    if weight.activations:
+        norm_weight[-1] = 127 if weight.activations == "int8" else 448  # the largest of a row: all scales are one
+    given = [tensor.to(dtype).to(device) for tensor in (x, norm_weight)]
+    y = fused(given[0], weight, None, given[1], 0.0, backend=backend)
+    assert torch.equal(y.cpu(), (0.5 * ((x * norm_weight) @ codes.t())).to(dtype))
 
 
 def wrong_norms(x, weight):

@@ -288,6 +288,7 @@ def _norm_cases() -> list[QuantizedLinearCase]:
         for variant in ("int8", "w8a8", "w4a8"):
             cases.append(make(variant, 4, 40, 136, dtype, data="zeros"))
             cases += [make(variant, 2, 9, K, dtype, bias=False) for K in (1, 2, 31, 64, 65, 257)]
+            cases.append(make(variant, 1, 9, 37, dtype))  # one row is read in vectors, its end is not
             cases.append(make(variant, 2, 16, 2100, dtype))  # more than a block's vectors
     cases += [make("w8a8", *sizes) for sizes in ((0, 5, 16), (3, 0, 16), (3, 5, 0))]
     return cases
