@@ -80,11 +80,6 @@ def lazy_triton(module: str, names: tuple[str, ...]) -> None:
             _libraries["llmkernels_triton"].impl(name, launch, key)
 
 
-def compose(backend: str, name: str, function: Callable) -> None:
-    """Run the op `name` of one backend, which has no kernel for it, by `function`, which calls other ops of it."""
-    _libraries[f"llmkernels_{backend}"].impl(name, function, "CompositeExplicitAutograd")
-
-
 # --- what every op's backends refuse ---------------------------------------------------------------------------------
 
 

@@ -9,6 +9,8 @@ rounded rows have no gradient, their layout is the kernel's (int4 weights want e
 one norm are one weight with their rows under each other.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -44,12 +46,15 @@ _op.define_kernel(
 _op.lazy_triton("llmkernels.ops.quantized_linear.triton_kernels", (KERNEL,))
 
 
+# --- backends, best first -------------------------------------------------------------------------------------------
+
+_CPU_NORM, _CPU_LINEAR = _op.kernel("cpu", "rms_norm_fwd"), _op.kernel("cpu", "quantized_linear_fwd")
+
+
 def _cpu_fwd(x, norm_weight, eps, *rest):
-    normed, _, rstd = _op.kernel("cpu", "rms_norm_fwd")(x, None, norm_weight, (x.shape[1],), eps, 0.0)
-    return _op.kernel("cpu", "quantized_linear_fwd")(normed, *rest), rstd
-
-
-_op.compose("cpu", KERNEL, _cpu_fwd)
+    """No op of its own: a call of one that is written in Python would take longer than both of these."""
+    normed, _, rstd = _CPU_NORM(x, None, norm_weight, (x.shape[1],), eps, 0.0)
+    return _CPU_LINEAR(normed, *rest), rstd
 
 
 def _reference_fwd(x, norm_weight, eps, *rest):
@@ -57,6 +62,9 @@ def _reference_fwd(x, norm_weight, eps, *rest):
     normed, _, rstd = norm_reference.rms_norm_fwd(x, None, norm_weight, (x.shape[1],), eps, 0.0)
     return reference.linear_fwd(normed, *rest), rstd
 
+
+_entries = _op.backends(OP, KERNEL, None, _reference_fwd, None, refuse=op.REFUSE)
+registry.register(OP, *(replace(entry, fwd=_cpu_fwd) if entry.name == "cpu" else entry for entry in _entries))
 
 # --- autograd -------------------------------------------------------------------------------------------------------
 
@@ -170,10 +178,6 @@ def _public(input, data, scales, zeros, second_scales, order, bias, norm_weight,
     kind, parts = (format, group_size, activations), (data, scales, zeros, second_scales)
     return run(input, parts, weight.shape, kind, bias, norm_weight, eps, order)
 
-
-# --- backends, best first -------------------------------------------------------------------------------------------
-
-registry.register(OP, *_op.backends(OP, KERNEL, None, _reference_fwd, None, refuse=op.REFUSE))
 
 _op.define_public(
     OP,
