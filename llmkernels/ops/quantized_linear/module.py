@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from llmkernels.ops.norm.op import rms_norm
 from llmkernels.ops.quantized_linear import norm_op
-from llmkernels.ops.quantized_linear.op import check, run
+from llmkernels.ops.quantized_linear.op import _check, run
 from llmkernels.quantization import SCHEMES
 from llmkernels.quantization.tensor import QuantizedTensor, empty_tensor, quantize_tensor, scheme_of
 
@@ -237,7 +237,7 @@ class QuantizedLinear(QuantizedModule):
         elif norm_weight is not None:
             raise ValueError("QuantizedLinear: norm_weight is given without norm_eps, expected both or norm_eps alone")
         if input_scale is not None:
-            check(input, parts, *self._shape, bias)
+            _check(input, parts, *self._shape, bias)
             input = input * input_scale.to(input.dtype)
         return run(input, parts, self._shape, self._kind, bias, held["weight_order"])
 

@@ -118,7 +118,7 @@ def run(input: Tensor, parts: Parts, shape: tuple[int, int], kind: Kind, bias: T
         norm_weight: Tensor | None, eps: float | None, order: Tensor | None = None,
         backend: str | None = None) -> Tensor:  # fmt: skip
     """`rms_norm_quantized_linear` of a weight's parts."""
-    op.check(input, parts, *shape, bias, OP)
+    op._check(input, parts, *shape, bias, OP)
     _check_norm(input, norm_weight)
     if order is not None or torch.is_autocast_enabled(input.device.type):  # which has rules of its own for either op
         normed = rms_norm(input, input.shape[-1:], norm_weight, eps, backend=backend)
@@ -129,7 +129,7 @@ def run(input: Tensor, parts: Parts, shape: tuple[int, int], kind: Kind, bias: T
         bias = bias.to(input.dtype)
     if norm_weight is not None and norm_weight.dtype != input.dtype:
         norm_weight = norm_weight.to(acc)
-    x = op.rows_of(input, shape[1])
+    x = input if input.dim() == 2 else input.reshape(-1, shape[1]) if shape[1] else input.flatten(0, -2)
     chosen = registry.pick(OP, (x, *parts, bias, *kind), backend)
     if chosen.name == "torch" and transform_active():
         normed = norm_reference.rms_norm(x, None, norm_weight, (shape[1],), eps, 0.0)

@@ -84,8 +84,7 @@ class QuantizedLinearFunction(torch.autograd.Function):
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 
-def check(input: Tensor, parts: Parts, rows: int, columns: int, bias: Tensor | None, op: str = OP) -> None:
-    """Raises TypeError or ValueError for arguments that do not fit each other."""
+def _check(input: Tensor, parts: Parts, rows: int, columns: int, bias: Tensor | None, op: str = OP) -> None:
     if input.dtype not in FLOAT_DTYPES:
         raise dtype_error(op, "input", input.dtype)
     if input.dim() == 0 or input.shape[-1] != columns:
@@ -101,15 +100,10 @@ def check(input: Tensor, parts: Parts, rows: int, columns: int, bias: Tensor | N
             raise ValueError(f"{op}: {name} is on {tensor.device}, expected {device}, the device of input")
 
 
-def rows_of(input: Tensor, columns: int) -> Tensor:
-    """`[*, K]` as `[M, K]`, K of which may be 0."""
-    return input if input.dim() == 2 else input.reshape(-1, columns) if columns else input.flatten(0, -2)
-
-
 def run(input: Tensor, parts: Parts, shape: tuple[int, int], kind: Kind, bias: Tensor | None,
         order: Tensor | None = None, backend: str | None = None) -> Tensor:  # fmt: skip
     """`quantized_linear` of a weight's parts: what the public functions and the modules call."""
-    check(input, parts, *shape, bias)
+    _check(input, parts, *shape, bias)
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         input = input.to(torch.get_autocast_dtype(device))  # as torch's linear
@@ -117,7 +111,7 @@ def run(input: Tensor, parts: Parts, shape: tuple[int, int], kind: Kind, bias: T
         bias = bias.to(input.dtype)
     if order is not None:
         input = input.index_select(-1, order)
-    x = rows_of(input, shape[1])
+    x = input if input.dim() == 2 else input.reshape(-1, shape[1]) if shape[1] else input.flatten(0, -2)
     chosen = registry.pick(OP, (x, *parts, bias, *kind), backend)
     if chosen.name == "torch" and transform_active():
         y = reference.formula(x, bias, *parts, *kind)
