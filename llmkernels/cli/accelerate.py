@@ -128,7 +128,7 @@ def _run(work: Work, console) -> int:
         )  # fmt: skip
         work.seconds["quantizing"] = time.perf_counter() - begin
         if not quantized.quantized:
-            raise UsageError(f"--quantize: the model has no torch.nn.Linear that can be: {_why_not(quantized)}")
+            raise UsageError(f"--quantize: the model has no linear layer that can be: {_why_not(quantized)}")
         console.print(quantized)
     if args.out is not None:
         with work.stage(console, "writing"):
