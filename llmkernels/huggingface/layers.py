@@ -1,0 +1,217 @@
+"""What a cache has of one layer of a model: keys and values, in one piece or in pages, and attention to them.
+
+Both store `[..., Hk, slots, D]`, so that the keys of a head lie side by side: `[B, Hk, max_length, D]`, or with pages
+`[pages, Hk, page_size, D]`.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from llmkernels._autograd import needs_grad
+from llmkernels.accelerate.huggingface.deferred import CachedStates
+from llmkernels.accelerate.huggingface.masks import KeyCount
+from llmkernels.huggingface.pages import Pages
+from llmkernels.huggingface.rows import Rows
+from llmkernels.ops.attention.kvcache import attention_kvcache
+
+
+class Layer(CacheLayerMixin):
+    """A layer of transformers' Cache. `window`: how many keys a query sees at most, itself included; None: all."""
+
+    is_compileable = False  # transformers then neither compiles the model nor makes masks of the whole cache
+    is_croppable = True
+    op = "cache"  # the name in errors
+
+    def __init__(self, rows: Rows, window: int | None):  # the base class's would set keys and values, properties here
+        self.rows, self.window = rows, window
+        self.places = 0  # of a row, padding included: what transformers calls the length
+        self.key_store: Tensor | None = None
+        self.value_store: Tensor | None = None
+
+    # --- what transformers asks ---------------------------------------------------------------------------------------
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.key_store is not None
+
+    @property
+    def is_sliding(self) -> bool:
+        return self.window is not None
+
+    @property
+    def keys(self) -> Tensor | None:
+        """`[B, Hk, places, D]`, with zeros where padding was."""
+        return None if self.key_store is None else self._read(self.key_store)
+
+    @property
+    def values(self) -> Tensor | None:
+        return None if self.value_store is None else self._read(self.value_store)
+
+    def get_seq_length(self) -> int:
+        return self.places
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        count = self.places + query_length
+        return (count if torch.compiler.is_compiling() else KeyCount.of(count, self)), 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append `[B, Hk, S, D]`. Returns all keys and values, which are not made where our attention takes them.
+
+        Raises, before anything is written: ValueError or TypeError, they do not fit what is there, the cache is too
+        small, or a gradient is to be recorded.
+        """
+        self._check(key_states, value_states)
+        new = key_states.shape[2]
+        self._make_room(key_states, value_states)
+        if new:
+            self._write(self.key_store, key_states)
+            self._write(self.value_store, value_states)
+        self.places += new
+        if torch.compiler.is_compiling():
+            return self.keys, self.values
+        return CachedStates.of(self, lambda: self.keys), CachedStates.of(self, lambda: self.values)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self._make_room(key_states, value_states)
+
+    def reset(self) -> None:
+        self.places = 0
+
+    # --- what attention and masks ask ---------------------------------------------------------------------------------
+
+    def knows(self, mask: Tensor | None, new: int) -> bool:
+        return self.rows.knows(mask, self.places, new)
+
+    def attend(self, query: Tensor, window: int | None, block_table: Tensor | None = None, **options) -> Tensor:
+        """Of queries `[B, H, S, D]`, the last S of each row; `[B, S, H, D]`. The options are attention_kvcache's."""
+        aligned = self.rows.padding is None and block_table is None
+        lengths = self.places if aligned else self.rows.seqlens(self.places, self.batch_size, query.device)
+        return attention_kvcache(
+            query.transpose(1, 2), self.key_store.transpose(1, 2), self.value_store.transpose(1, 2),
+            cache_seqlens=lengths, block_table=block_table, causal="bottom_right",
+            window=None if window is None else (window - 1, 0), **options,
+        )  # fmt: skip
+
+    # --- reading and writing ------------------------------------------------------------------------------------------
+
+    def _check(self, key: Tensor, value: Tensor) -> None:
+        if needs_grad(key, value):
+            raise ValueError(
+                f"{self.op}: the keys require a gradient, expected none that do: it has no backward (use torch.no_grad())"
+            )
+        if self.key_store is None or not self.places:
+            return
+        for name, new, store in (("keys", key, self.key_store), ("values", value, self.value_store)):
+            if new.dtype != store.dtype:
+                raise TypeError(f"{self.op}: {name} have dtype {new.dtype}, expected {store.dtype}, that of the others")
+            got, expected = (*new.shape[:2], new.shape[3]), (self.batch_size, store.shape[1], store.shape[3])
+            if got != expected:
+                raise ValueError(
+                    f"{self.op}: {name} have batch, heads and head_dim {got}, expected {expected}, those of the others"
+                )
+            if new.device != store.device:
+                raise ValueError(f"{self.op}: {name} are on {new.device}, expected {store.device}, with the others")
+
+    def _slots(self, places: int, new: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of new places that are no padding: row, which of the new, and where in the store: its first index, slot."""
+        raise NotImplementedError
+
+    def _write(self, store: Tensor, new: Tensor) -> None:
+        row, token, first, slot = self._slots(self.places, new.shape[2])
+        store[first, :, slot] = new[row, :, token]
+
+    def _read(self, store: Tensor) -> Tensor:
+        row, place, first, slot = self._slots(0, self.places)
+        out = store.new_zeros(self.batch_size, store.shape[1], self.places, store.shape[3])
+        out[row, :, place] = store[first, :, slot]
+        return out
+
+
+class StaticLayer(Layer):
+    op = "StaticCache"
+
+    def __init__(self, rows: Rows, window: int | None, max_length: int):
+        super().__init__(rows, window)
+        self.max_length, self.batch_size = max_length, -1
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+    def _make_room(self, key: Tensor, value: Tensor) -> None:
+        batch, new = key.shape[0], key.shape[2]
+        if (needed := self.rows.longest(self.places + new)) > self.max_length:
+            raise ValueError(f"{self.op}: {needed} keys are to be kept, expected no more than {self.max_length}")
+        if self.places == 0:
+            for name, like in (("key_store", key), ("value_store", value)):
+                shape, store = (batch, like.shape[1], self.max_length, like.shape[3]), getattr(self, name)
+                if store is None or store.shape != shape or store.dtype != like.dtype or store.device != like.device:
+                    setattr(self, name, like.new_empty(shape))
+            self.batch_size = batch
+
+    def _slots(self, places: int, new: int):
+        row, token, key = self.rows.keys(places, new, self.batch_size, self.key_store.device)
+        return row, token, row, key
+
+    def _write(self, store: Tensor, new: Tensor) -> None:
+        if self.rows.padding is None:
+            store.narrow(2, self.places, new.shape[2]).copy_(new)
+        else:
+            super()._write(store, new)
+
+    def _read(self, store: Tensor) -> Tensor:
+        return store[:, :, : self.places] if self.rows.padding is None else super()._read(store)
+
+    def select(self, indices: Tensor) -> None:
+        """Rows in another order, some of them more than once or not at all."""
+        if self.key_store is None:
+            return
+        used, indices = self.rows.longest(self.places), indices.to(self.key_store.device)
+        for name in ("key_store", "value_store"):
+            store = getattr(self, name)
+            rows = store[:, :, :used].index_select(0, indices)
+            if len(indices) != self.batch_size:
+                store = store.new_empty(len(indices), *store.shape[1:])
+                setattr(self, name, store)
+            store[:, :, :used] = rows
+        self.batch_size = len(indices)
+
+
+class PagedLayer(Layer):
+    op = "PagedCache"
+
+    def __init__(self, rows: Rows, window: int | None, pages: Pages):
+        super().__init__(rows, window)
+        self.pages = pages
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.pages.of_rows) if self.pages.of_rows else -1
+
+    def get_max_length(self) -> int:
+        return self.pages.count * self.pages.size
+
+    def _make_room(self, key: Tensor, value: Tensor) -> None:
+        batch, new = key.shape[0], key.shape[2]
+        lengths = self.rows.lengths(self.places, batch), self.rows.lengths(self.places + new, batch)
+        for source, target in self.pages.reserve(*lengths):
+            self.pages.copy(source, target)
+        if self.key_store is None:
+            for name, like in (("key_store", key), ("value_store", value)):
+                store = like.new_empty(self.pages.count, like.shape[1], self.pages.size, like.shape[3])
+                setattr(self, name, store)
+                self.pages.stores.append(store)
+
+    def _slots(self, places: int, new: int):
+        row, token, key = self.rows.keys(places, new, self.batch_size, self.key_store.device)
+        return row, token, *self.pages.find(row, key)
+
+    def _write(self, store: Tensor, new: Tensor) -> None:
+        if new.shape[0] == new.shape[2] == 1 and self.rows.padding is None:  # the usual step, without indices
+            page, slot = self.pages.place(0, self.places)
+            store[page, :, slot] = new[0, :, 0]
+        else:
+            super()._write(store, new)
+
+    def attend(self, query: Tensor, window: int | None, **options) -> Tensor:
+        return super().attend(query, window, self.pages.table(query.device), **options)
