@@ -8,19 +8,29 @@ from llmkernels.huggingface.layers import PagedLayer, StaticLayer
 from llmkernels.huggingface.pages import Pages
 from llmkernels.huggingface.rows import Rows
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+PAGE_SIZE = 64  # keys: pages of 16 to 256 took the same time, and longer ones leave more of the last one empty
+
+
+def _layers(model) -> tuple[list[str], list[dict]]:
+    config = getattr(model, "config", model).get_text_config(decoder=True)
+    return get_layer_types_and_kwargs(config)
+
+
+def why_not(model) -> str | None:
+    """Why a model or config of transformers cannot have one of these caches, or None."""
+    for index, kind in enumerate(_layers(model)[0]):
+        if kind not in ("full_attention", "sliding_attention"):
+            return f"layer {index} is {kind}, expected full_attention or sliding_attention"
+    return None
 
 
 def _windows(op: str, model) -> list[int | None]:
-    """Of each layer of a model or its config."""
-    config = getattr(model, "config", model)
-    if not hasattr(config, "get_text_config"):
+    """Of each layer."""
+    if not hasattr(getattr(model, "config", model), "get_text_config"):
         raise TypeError(f"{op}: got {type(model).__name__}, expected a model of transformers or its config")
-    types, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    for index, kind in enumerate(types):
-        if kind not in (_FULL, _SLIDING):
-            raise ValueError(f"{op}: layer {index} is {kind}, expected {_FULL} or {_SLIDING}")
-    return [entry.get("sliding_window") for entry in options]
+    if (reason := why_not(model)) is not None:
+        raise ValueError(f"{op}: {reason}")
+    return [options.get("sliding_window") for options in _layers(model)[1]]
 
 
 def _positive(op: str, name: str, value: int) -> int:
@@ -91,7 +101,7 @@ class StaticCache(_Cache):
     def __init__(self, model: nn.Module | object, max_length: int):
         op = type(self).__name__
         _positive(op, "max_length", max_length)
-        self.rows = Rows()
+        self.rows, self.max_length = Rows(), max_length
         super().__init__(layers=[StaticLayer(self.rows, window, max_length) for window in _windows(op, model)])
 
     def _select(self, indices: Tensor) -> None:
@@ -114,7 +124,7 @@ class PagedCache(_Cache):
     Reference: Kwon et al. 2023, arXiv:2309.06180.
     """
 
-    def __init__(self, model: nn.Module | object, pages: int, page_size: int = 64):
+    def __init__(self, model: nn.Module | object, pages: int, page_size: int = PAGE_SIZE):
         op = type(self).__name__
         self.rows, self.pages = Rows(), Pages(_positive(op, "pages", pages), _positive(op, "page_size", page_size))
         super().__init__(layers=[PagedLayer(self.rows, window, self.pages) for window in _windows(op, model)])

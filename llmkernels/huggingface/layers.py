@@ -98,7 +98,7 @@ class Layer(CacheLayerMixin):
     def _check(self, key: Tensor, value: Tensor) -> None:
         if needs_grad(key, value):
             raise ValueError(
-                f"{self.op}: the keys require a gradient, expected none that do: it has no backward (use torch.no_grad())"
+                f"{self.op}: keys require a gradient, expected none that do: it has no backward (use torch.no_grad())"
             )
         if self.key_store is None or not self.places:
             return

@@ -2,7 +2,8 @@
 
 transformers hands attention all keys of a cache, in one piece, and a mask. The cache kernel reads neither: it has the
 cache itself, and the lengths. So a cache of ours returns a `CachedStates`, and our masks are a `KnownMask`. Any torch
-function, method or attribute of these makes the real tensor first; so whoever else gets one computes what he would have.
+function, method or attribute of these makes the real tensor first, so whoever else gets one computes what he would
+have without us.
 """
 
 from collections.abc import Callable
