@@ -48,6 +48,9 @@ class _Cache(Cache):
         """Of the layer that has least: one that a forward did not reach has not what others have."""
         return min(layer.places for layer in self.layers)
 
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        return self.layers[layer_idx].update(key_states, value_states)
+
     def reset(self) -> None:
         """Empty again; the memory stays."""
         super().reset()

@@ -13,7 +13,8 @@ from llmkernels.accelerate.huggingface.deferred import CachedStates
 from llmkernels.accelerate.huggingface.masks import KeyCount
 from llmkernels.huggingface.pages import Pages
 from llmkernels.huggingface.rows import Rows
-from llmkernels.ops.attention.kvcache import attention_kvcache
+from llmkernels.ops.attention.kvcache import attend
+from llmkernels.ops.attention.reference import Options
 
 
 class Layer(CacheLayerMixin):
@@ -28,6 +29,7 @@ class Layer(CacheLayerMixin):
         self.places = 0  # of a row, padding included: what transformers calls the length
         self.key_store: Tensor | None = None
         self.value_store: Tensor | None = None
+        self._fitting: tuple | None = None  # shapes, dtypes and device checked last: a step has those of the one before
 
     # --- what transformers asks ---------------------------------------------------------------------------------------
 
@@ -61,37 +63,40 @@ class Layer(CacheLayerMixin):
         Raises, before anything is written: ValueError or TypeError, they do not fit what is there, the cache is too
         small, or a gradient is to be recorded.
         """
-        self._check(key_states, value_states)
-        new = key_states.shape[2]
-        self._make_room(key_states, value_states)
+        key, value = key_states, value_states
+        shapes = key.shape, value.shape, key.dtype, value.dtype, key.device
+        if shapes != self._fitting or needs_grad(key, value):
+            self._check(key, value)
+        new = shapes[0][2]
+        self._make_room(key, value)
         if new:
-            self._write(self.key_store, key_states)
-            self._write(self.value_store, value_states)
+            self._write(self.key_store, key)
+            self._write(self.value_store, value)
         self.places += new
+        self._fitting = shapes
         if torch.compiler.is_compiling():
             return self.keys, self.values
-        return CachedStates.of(self, lambda: self.keys), CachedStates.of(self, lambda: self.values)
+        return CachedStates.of(self, "keys"), CachedStates.of(self, "values")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self._make_room(key_states, value_states)
 
     def reset(self) -> None:
-        self.places = 0
+        self.places, self._fitting = 0, None
 
     # --- what attention and masks ask ---------------------------------------------------------------------------------
 
     def knows(self, mask: Tensor | None, new: int) -> bool:
         return self.rows.knows(mask, self.places, new)
 
-    def attend(self, query: Tensor, window: int | None, block_table: Tensor | None = None, **options) -> Tensor:
-        """Of queries `[B, H, S, D]`, the last S of each row; `[B, S, H, D]`. The options are attention_kvcache's."""
-        aligned = self.rows.padding is None and block_table is None
-        lengths = self.places if aligned else self.rows.seqlens(self.places, self.batch_size, query.device)
-        return attention_kvcache(
-            query.transpose(1, 2), self.key_store.transpose(1, 2), self.value_store.transpose(1, 2),
-            cache_seqlens=lengths, block_table=block_table, causal="bottom_right",
-            window=None if window is None else (window - 1, 0), **options,
-        )  # fmt: skip
+    def attend(self, query: Tensor, window: int | None, scale: float | None, softcap: float, sinks: Tensor | None,
+               backend: str | None) -> Tensor:  # fmt: skip
+        """Of queries `[B, H, S, D]`, the last S of each row; `[B, S, H, D]`."""
+        if scale is None:
+            scale = query.shape[3] ** -0.5
+        options = Options(scale, -1 if window is None else window - 1, 0, False, softcap, 0.0)
+        key, value, seqlens, table = self._stored()
+        return attend(query, key, value, sinks, seqlens, table, options, backend).transpose(1, 2)
 
     # --- reading and writing ------------------------------------------------------------------------------------------
 
@@ -112,6 +117,10 @@ class Layer(CacheLayerMixin):
                 )
             if new.device != store.device:
                 raise ValueError(f"{self.op}: {name} are on {new.device}, expected {store.device}, with the others")
+
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What the kernel reads: keys, values, lengths and pages of the rows."""
+        raise NotImplementedError
 
     def _slots(self, places: int, new: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of new places that are no padding: row, which of the new, and where in the store: its first index, slot."""
@@ -139,10 +148,11 @@ class StaticLayer(Layer):
         return self.max_length
 
     def _make_room(self, key: Tensor, value: Tensor) -> None:
-        batch, new = key.shape[0], key.shape[2]
-        if (needed := self.rows.longest(self.places + new)) > self.max_length:
+        needed = self.rows.longest(self.places + key.shape[2])
+        if needed > self.max_length:
             raise ValueError(f"{self.op}: {needed} keys are to be kept, expected no more than {self.max_length}")
         if self.places == 0:
+            batch = key.shape[0]
             for name, like in (("key_store", key), ("value_store", value)):
                 shape, store = (batch, like.shape[1], self.max_length, like.shape[3]), getattr(self, name)
                 if store is None or store.shape != shape or store.dtype != like.dtype or store.device != like.device:
@@ -162,8 +172,16 @@ class StaticLayer(Layer):
     def _read(self, store: Tensor) -> Tensor:
         return store[:, :, : self.places] if self.rows.padding is None else super()._read(store)
 
+    def _stored(self):
+        used = self.rows.longest(self.places)
+        keys, values = self.key_store.narrow(2, 0, used), self.value_store.narrow(2, 0, used)
+        if self.rows.padding is None:
+            return keys, values, None, None
+        return keys, values, self.rows.seqlens(self.places, self.batch_size, keys.device), None
+
     def select(self, indices: Tensor) -> None:
         """Rows in another order, some of them more than once or not at all."""
+        self._fitting = None
         if self.key_store is None:
             return
         used, indices = self.rows.longest(self.places), indices.to(self.key_store.device)
@@ -213,5 +231,7 @@ class PagedLayer(Layer):
         else:
             super()._write(store, new)
 
-    def attend(self, query: Tensor, window: int | None, **options) -> Tensor:
-        return super().attend(query, window, self.pages.table(query.device), **options)
+    def _stored(self):
+        device = self.key_store.device
+        seqlens = self.rows.seqlens(self.places, self.batch_size, device)
+        return self.key_store, self.value_store, seqlens, self.pages.table(device)

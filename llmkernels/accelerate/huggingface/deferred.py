@@ -17,13 +17,8 @@ _EMPTY = torch.empty(0)  # what all of them are made over, and nobody sees
 class Deferred(Tensor):
     """A tensor that `make()` gives."""
 
-    make: Callable[[], Tensor]
-
-    @staticmethod
-    def of(make: Callable[[], Tensor]) -> Tensor:
-        found = Tensor._make_subclass(Deferred, _EMPTY)
-        found.make = make
-        return found
+    def make(self) -> Tensor:
+        raise NotImplementedError
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -31,27 +26,35 @@ class Deferred(Tensor):
 
 
 class CachedStates(Deferred):
-    """Keys or values `[B, Hk, T, D]` of a `layer` of a cache."""
+    """The `keys` or `values`, `[B, Hk, T, D]`, that a layer of a cache has when somebody asks."""
 
     layer: object
+    which: str
 
     @staticmethod
-    def of(layer, make: Callable[[], Tensor]) -> Tensor:
+    def of(layer, which: str) -> Tensor:
         found = Tensor._make_subclass(CachedStates, _EMPTY)
-        found.layer, found.make = layer, make
+        found.layer, found.which = layer, which
         return found
+
+    def make(self) -> Tensor:
+        return getattr(self.layer, self.which)
 
 
 class KnownMask(Deferred):
     """A mask `[B, 1, S, T]` that says no more than the lengths of a cache: causal, in a `window` of so many keys."""
 
     window: int | None
+    mask: Callable[[], Tensor]
 
     @staticmethod
-    def of(window: int | None, make: Callable[[], Tensor]) -> Tensor:
+    def of(window: int | None, mask: Callable[[], Tensor]) -> Tensor:
         found = Tensor._make_subclass(KnownMask, _EMPTY)
-        found.window, found.make = window, make
+        found.window, found.mask = window, mask
         return found
+
+    def make(self) -> Tensor:
+        return self.mask()
 
 
 def made(value):

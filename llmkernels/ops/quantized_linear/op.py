@@ -95,18 +95,24 @@ def _check(input: Tensor, parts: Parts, rows: int, columns: int, bias: Tensor | 
             raise dtype_error(OP, "bias", bias.dtype)
         if tuple(bias.shape) != (rows,):
             raise ValueError(f"{OP}: bias has shape {tuple(bias.shape)}, expected ({rows},), the weight's rows")
-    for name, tensor in (("weight", parts[0]), ("bias", bias)):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{OP}: {name} is on {tensor.device}, expected {device}, the device of input")
+        if bias.device != device:
+            raise _device_error("bias", bias, device)
+    if parts[0].device != device:
+        raise _device_error("weight", parts[0], device)
+
+
+def _device_error(name: str, tensor: Tensor, device: torch.device) -> ValueError:
+    return ValueError(f"{OP}: {name} is on {tensor.device}, expected {device}, the device of input")
 
 
 def run(input: Tensor, parts: Parts, shape: tuple[int, int], kind: Kind, bias: Tensor | None,
         order: Tensor | None = None, backend: str | None = None) -> Tensor:  # fmt: skip
     """`quantized_linear` of a weight's parts: what the public functions and the modules call."""
     _check(input, parts, *shape, bias)
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        input = input.to(torch.get_autocast_dtype(device))  # as torch's linear
+    if torch._C._is_any_autocast_enabled():
+        device = input.device.type
+        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+            input = input.to(torch.get_autocast_dtype(device))  # as torch's linear
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
     if order is not None:
