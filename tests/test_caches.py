@@ -1,8 +1,6 @@
-"""Static and paged caches of keys and values in transformers' generate(): token for token, and what else a cache is for."""
+"""Static and paged caches of keys and values in transformers' generate(): token for token, in every way to generate."""
 
-import copy
 import itertools
-import random
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ transformers = pytest.importorskip("transformers")
 import llmkernels  # noqa: E402
 from llmkernels import registry  # noqa: E402
 from llmkernels.huggingface import PagedCache, StaticCache  # noqa: E402
-from llmkernels.huggingface.pages import Pages  # noqa: E402
 from tests.hf_models import FAMILIES, PAD, VOCABULARY, output_of  # noqa: E402
 
 DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]

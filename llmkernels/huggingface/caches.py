@@ -8,8 +8,8 @@ from llmkernels.huggingface.layers import PagedLayer, StaticLayer
 from llmkernels.huggingface.pages import Pages
 from llmkernels.huggingface.rows import Rows
 
-# Keys. Attention of one query to 8192 of them took 209 us with pages of 16, 200 of 64, 190 of 256 (151 in one piece; one
-# thread of a Zen 5), and longer pages leave more of the last one empty.
+# Keys. Attention of one query to 8192 of them took 209 us with pages of 16, 200 of 64, 190 of 256 (in one piece 151;
+# one thread of a Zen 5), and longer pages leave more of the last empty.
 PAGE_SIZE = 64
 
 
