@@ -114,6 +114,17 @@ def test_other_ways_to_generate(kind):
 
 
 @both
+def test_autocast(kind):
+    """Turned queries and keys are then of another dtype than values."""
+    model, (ids, mask) = accelerated(), prompts()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = logits(model, ids, transformers.DynamicCache(config=model.config), mask)
+        cache = KINDS[kind](model)
+        assert torch.equal(logits(model, ids, cache, mask)[:, 4:], expected[:, 4:])
+    assert cache.layers[0].key_store.dtype == torch.float32 and cache.layers[0].value_store.dtype == torch.bfloat16
+
+
+@both
 def test_accelerated_and_restored_in_between(kind):
     """Padding is not stored then, and is where an attention that is not ours expects it."""
     (ids, mask), more = prompts(), torch.tensor([[7], [8]])

@@ -89,6 +89,10 @@ class Layer(CacheLayerMixin):
     def knows(self, mask: Tensor | None, new: int) -> bool:
         return self.rows.knows(mask, self.places, new)
 
+    def takes(self, query: Tensor) -> bool:
+        """Whether the kernel does: under autocast query, keys and values may be of several dtypes."""
+        return query.dtype == self.key_store.dtype == self.value_store.dtype
+
     def attend(self, query: Tensor, window: int | None, scale: float | None, softcap: float, sinks: Tensor | None,
                backend: str | None) -> Tensor:  # fmt: skip
         """Of queries `[B, H, S, D]`, the last S of each row; `[B, S, H, D]`."""

@@ -205,7 +205,7 @@ def attention_kvcache(
 
 def attend(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, seqlens: Tensor | None,
            block_table: Tensor | None, options: Options, backend: str | None) -> Tensor:  # fmt: skip
-    """attention_kvcache for a cache that knows its shapes and lengths, of which nothing is checked again.
+    """attention_kvcache for a cache that knows its dtypes, shapes and lengths, of which nothing is checked again.
 
     Args:
         query: `[B, H, S, D]`; key, value: `[B, Hk, T, D]`, with a `block_table` `[pages, Hk, page_size, D]`.
@@ -213,8 +213,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, seql
     Returns: `[B, H, S, D]`.
     """
     _check_forward_only(query=query, sinks=sinks)
-    if query.dtype != key.dtype:
-        arguments.check_dtypes(OP, query, k_cache=key)
     chosen = registry.pick(OP, (query, key, value, None, None, sinks), backend)
     return chosen.fwd(
         query, key, value, None, sinks, seqlens, block_table,
