@@ -70,8 +70,7 @@ class Layer(CacheLayerMixin):
         new = shapes[0][2]
         self._make_room(key, value)
         if new:
-            self._write(self.key_store, key)
-            self._write(self.value_store, value)
+            self._write(key, value)
         self.places += new
         self._fitting = shapes
         if torch.compiler.is_compiling():
@@ -130,9 +129,11 @@ class Layer(CacheLayerMixin):
         """Of new places that are no padding: row, which of the new, and where in the store: its first index, slot."""
         raise NotImplementedError
 
-    def _write(self, store: Tensor, new: Tensor) -> None:
-        row, token, first, slot = self._slots(self.places, new.shape[2])
-        store[first, :, slot] = new[row, :, token]
+    def _write(self, key: Tensor, value: Tensor) -> None:
+        row, token, first, slot = self._slots(self.places, key.shape[2])
+        one_each = key.shape[2] == 1 and len(row) == key.shape[0]
+        for store, new in ((self.key_store, key), (self.value_store, value)):
+            store[first, :, slot] = new[:, :, 0] if one_each else new[row, :, token]
 
     def _read(self, store: Tensor) -> Tensor:
         row, place, first, slot = self._slots(0, self.places)
@@ -167,11 +168,13 @@ class StaticLayer(Layer):
         row, token, key = self.rows.keys(places, new, self.batch_size, self.key_store.device)
         return row, token, row, key
 
-    def _write(self, store: Tensor, new: Tensor) -> None:
+    def _write(self, key: Tensor, value: Tensor) -> None:
         if self.rows.padding is None:
-            store.narrow(2, self.places, new.shape[2]).copy_(new)
+            new = key.shape[2]
+            self.key_store.narrow(2, self.places, new).copy_(key)
+            self.value_store.narrow(2, self.places, new).copy_(value)
         else:
-            super()._write(store, new)
+            super()._write(key, value)
 
     def _read(self, store: Tensor) -> Tensor:
         return store[:, :, : self.places] if self.rows.padding is None else super()._read(store)
@@ -228,12 +231,13 @@ class PagedLayer(Layer):
         row, token, key = self.rows.keys(places, new, self.batch_size, self.key_store.device)
         return row, token, *self.pages.find(row, key)
 
-    def _write(self, store: Tensor, new: Tensor) -> None:
-        if new.shape[0] == new.shape[2] == 1 and self.rows.padding is None:  # the usual step, without indices
+    def _write(self, key: Tensor, value: Tensor) -> None:
+        if key.shape[0] == key.shape[2] == 1 and self.rows.padding is None:  # one token of one row, without indices
             page, slot = self.pages.place(0, self.places)
-            store[page, :, slot] = new[0, :, 0]
+            self.key_store[page, :, slot] = key[0, :, 0]
+            self.value_store[page, :, slot] = value[0, :, 0]
         else:
-            super()._write(store, new)
+            super()._write(key, value)
 
     def _stored(self):
         device = self.key_store.device

@@ -18,6 +18,7 @@ class Pages:
         self.of_rows: list[list[int]] = []
         self.stores: list[Tensor] = []  # of all layers, `[pages, Hk, page_size, D]`
         self._table: Tensor | None = None
+        self._found: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None = None
 
     def clear(self) -> None:
         for row in self.of_rows:
@@ -97,8 +98,11 @@ class Pages:
         return self.of_rows[row][at], slot
 
     def find(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """(page, slot) of each key of a row."""
-        return self.table(rows.device)[rows, keys // self.size].long(), keys % self.size
+        """(page, slot) of each key of a row. All layers of a step ask with the same tensors."""
+        table = self.table(rows.device)
+        if self._found is None or self._found[0] is not keys or self._found[1] is not table:
+            self._found = keys, table, (table[rows, keys // self.size].long(), keys % self.size)
+        return self._found[2]
 
     def table(self, device: torch.device) -> Tensor:
         """int32 `[B, pages of the longest row]`; zeros beyond a row's own."""
