@@ -190,3 +190,15 @@ def test_whoever_asks_gets_the_tensors(monkeypatch):
     found = logits(model, ids, StaticCache(model, 12), mask)
     torch.testing.assert_close(found[:, 4:], expected[:, 4:], rtol=1e-4, atol=1e-5)
     assert seen == [((2, 2, 9, 8), torch.float32, (2, 1, 9, 9), torch.bool)] * 2
+
+
+@both
+def test_compiled_whole(kind):
+    """A compiler gets real keys and masks: the prompt, then tokens of one graph each."""
+    model, (ids, mask) = accelerated(), prompts()
+    cache, own = KINDS[kind](model), transformers.DynamicCache(config=model.config)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for new, seen in ((ids, mask), (ids[:, :1], torch.cat((mask, mask[:, -1:]), 1))):
+        expected, found = logits(model, new, own, seen), logits(compiled, new, cache, seen)
+        torch.testing.assert_close(found[:, -1], expected[:, -1], rtol=1e-4, atol=1e-5)
