@@ -64,7 +64,7 @@ class Pages:
         """
         found, left = [], {}
         for index, row in enumerate(self.of_rows):
-            at, part = divmod(before[index], self.size)
+            at, part = before[index] // self.size, before[index] % self.size
             if after[index] > before[index] and part and self.users[row[at]] > 1:
                 page = row[at]
                 left[page] = left.get(page, self.users[page]) - 1
@@ -94,8 +94,7 @@ class Pages:
         self._table = None
 
     def place(self, row: int, key: int) -> tuple[int, int]:
-        at, slot = divmod(key, self.size)
-        return self.of_rows[row][at], slot
+        return self.of_rows[row][key // self.size], key % self.size
 
     def find(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """(page, slot) of each key of a row. All layers of a step ask with the same tensors."""

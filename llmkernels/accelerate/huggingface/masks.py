@@ -1,5 +1,6 @@
 """The masks that transformers' models make when their attention is ours: its sdpa's, or none where a cache knows."""
 
+import torch
 from torch import Tensor
 
 from llmkernels.accelerate.huggingface.deferred import KnownMask
@@ -31,7 +32,8 @@ def attention_mask(
     """
     from transformers.masking_utils import sdpa_mask
 
-    layer = getattr(kv_length, "layer", None)
+    # A compiler knows numbers and no more of them, and traces the mask.
+    layer = None if torch.compiler.is_compiling() else getattr(kv_length, "layer", None)
     if layer is not None:
         window = options.get("local_size")
         if allow_is_causal_skip and layer.window == window and layer.knows(attention_mask, options["q_length"]):
