@@ -78,6 +78,14 @@ def test_one_prompt_for_several_answers(kind):
     cache.reset()
     assert cache.get_seq_length() == 0 and (kind == "static" or len(cache.pages.free) == 60)
     assert torch.equal(greedy(model, first, ones, cache), expected[0]), "of another batch than before"
+    cache.reset()
+    halves = states(1, 1, 0).half()
+    if kind == "static":
+        append(cache, halves)
+        assert stored(cache).dtype == torch.float16
+    else:
+        with pytest.raises(TypeError, match="PagedCache: keys have dtype torch.float16, expected torch.float32"):
+            append(cache, halves)
 
 
 @both

@@ -23,6 +23,7 @@ class Layer(CacheLayerMixin):
     is_compileable = False  # transformers then neither compiles the model nor makes masks of the whole cache
     is_croppable = True
     op = "cache"  # the name in errors
+    renews = False  # whether it takes other memory, where it is empty and other keys come
 
     def __init__(self, rows: Rows, window: int | None):  # the base class's would set keys and values, properties here
         self.rows, self.window = rows, window
@@ -108,12 +109,13 @@ class Layer(CacheLayerMixin):
             raise ValueError(
                 f"{self.op}: keys require a gradient, expected none that do: it has no backward (use torch.no_grad())"
             )
-        if self.key_store is None or not self.places:
+        if self.key_store is None or (self.renews and not self.places):
             return
+        batch = self.batch_size if self.places else key.shape[0]
         for name, new, store in (("keys", key, self.key_store), ("values", value, self.value_store)):
             if new.dtype != store.dtype:
                 raise TypeError(f"{self.op}: {name} have dtype {new.dtype}, expected {store.dtype}, that of the others")
-            got, expected = (*new.shape[:2], new.shape[3]), (self.batch_size, store.shape[1], store.shape[3])
+            got, expected = (*new.shape[:2], new.shape[3]), (batch, store.shape[1], store.shape[3])
             if got != expected:
                 raise ValueError(
                     f"{self.op}: {name} have batch, heads and head_dim {got}, expected {expected}, those of the others"
@@ -143,7 +145,7 @@ class Layer(CacheLayerMixin):
 
 
 class StaticLayer(Layer):
-    op = "StaticCache"
+    op, renews = "StaticCache", True
 
     def __init__(self, rows: Rows, window: int | None, max_length: int):
         super().__init__(rows, window)

@@ -54,11 +54,12 @@ def attention(
     Returns: (`[B, S, H, D]`, weights `[B, H, S, T]` or None).
     Raises: NotImplementedError, a paged cache of transformers' continuous batching is given.
     """
-    known = type(attention_mask) is KnownMask and type(key) is CachedStates and key.layer.takes(query)
-    if known and dropout == 0.0 and position_bias is None and not output_attentions:
-        options = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux, "backend": backend}
-        return key.layer.attend(query, attention_mask.window, **options), None
-    key, value, attention_mask = made(key), made(value), made(attention_mask)
+    if type(key) is CachedStates or type(attention_mask) is KnownMask:
+        plain = dropout == 0.0 and position_bias is None and not output_attentions
+        if plain and type(attention_mask) is KnownMask and type(key) is CachedStates and key.layer.takes(query):
+            options = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux, "backend": backend}
+            return key.layer.attend(query, attention_mask.window, **options), None
+        key, value, attention_mask = made((key, value, attention_mask))
     if cache is not None:
         raise NotImplementedError(
             "llmkernels: attention got a paged cache (continuous batching), expected none; restore the model for that"
