@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from llmkernels import functional
 from llmkernels.accelerate.candidate import Candidate, Found
+from llmkernels.ops.norm.op import run_rms_norm
 
 EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "rms_norm_eps")
 
@@ -48,6 +49,9 @@ class _StructuralRMSNorm:
 
     def __call__(self, module, input: Tensor, backend: str | None) -> Tensor:
         weight, eps = module.weight, getattr(module, self.eps_name)
+        if input.is_cpu and input.dtype == weight.dtype and weight.is_cpu and input.shape[-1:] == weight.shape:
+            # What functional.rms_norm would find out once more: a decoded token has dozens of norms.
+            return run_rms_norm("rms_norm", (input, None, weight), weight.shape, eps, self.weight_offset, backend)
         return functional.rms_norm(
             input, tuple(weight.shape), weight, eps, weight_offset=self.weight_offset, backend=backend
         )

@@ -95,23 +95,33 @@ def _check(input: Tensor, parts: Parts, rows: int, columns: int, bias: Tensor | 
             raise dtype_error(op, "bias", bias.dtype)
         if tuple(bias.shape) != (rows,):
             raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected ({rows},), the weight's rows")
-    for name, tensor in (("weight", parts[0]), ("bias", bias)):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {device}, the device of input")
+        if bias.device != device:
+            raise _device_error(op, "bias", bias, device)
+    if parts[0].device != device:
+        raise _device_error(op, "weight", parts[0], device)
+
+
+def _device_error(op: str, name: str, tensor: Tensor, device: torch.device) -> ValueError:
+    return ValueError(f"{op}: {name} is on {tensor.device}, expected {device}, the device of input")
 
 
 def run(input: Tensor, parts: Parts, shape: tuple[int, int], kind: Kind, bias: Tensor | None,
         order: Tensor | None = None, backend: str | None = None) -> Tensor:  # fmt: skip
     """`quantized_linear` of a weight's parts: what the public functions and the modules call."""
-    _check(input, parts, *shape, bias)
-    device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        input = input.to(torch.get_autocast_dtype(device))  # as torch's linear
+    sizes = input.shape
+    fits = input.dtype in FLOAT_DTYPES and sizes[-1:] == shape[1:] and parts[0].device == input.device
+    if not fits or bias is not None:
+        _check(input, parts, *shape, bias)
+    if torch._C._is_any_autocast_enabled():
+        device = input.device.type
+        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+            input = input.to(torch.get_autocast_dtype(device))  # as torch's linear
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
     if order is not None:
         input = input.index_select(-1, order)
-    x = input if input.dim() == 2 else input.reshape(-1, shape[1]) if shape[1] else input.flatten(0, -2)
+    flat = len(sizes) == 2
+    x = input if flat else input.reshape(-1, shape[1]) if shape[1] else input.flatten(0, -2)
     chosen = registry.pick(OP, (x, *parts, bias, *kind), backend)
     if chosen.name == "torch" and transform_active():
         y = reference.formula(x, bias, *parts, *kind)
@@ -119,7 +129,7 @@ def run(input: Tensor, parts: Parts, shape: tuple[int, int], kind: Kind, bias: T
         y = QuantizedLinearFunction.apply(x, bias, parts, kind, chosen.name)
     else:
         y = chosen.fwd(x, *parts, bias, *kind)
-    return y if input.dim() == 2 else y.view(*input.shape[:-1], shape[0])
+    return y if flat else y.view((*sizes[:-1], shape[0]))
 
 
 def parts_of(weight: QuantizedTensor, op: str = OP) -> tuple[Parts, Kind]:
