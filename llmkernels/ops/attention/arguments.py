@@ -111,7 +111,7 @@ def values_are_checked(tensor: Tensor) -> bool:
 def cu_seqlens(op: str, name: str, ends: Tensor, query: Tensor, total: int, longest: int, longest_name: str) -> None:
     """[sequences + 1] int32: starts at 0, never falls, ends at `total`; no sequence is longer than `longest`."""
     check_tensor(op, name, ends, query, torch.int32)
-    if not isinstance(longest, INTEGERS) or isinstance(longest, int) and not 0 <= longest <= LONGEST:
+    if not isinstance(longest, INTEGERS) or (isinstance(longest, int) and not 0 <= longest <= LONGEST):
         raise ValueError(f"{op}: {longest_name} is {longest!r}, expected the rows of the longest sequence")
     if ends.dim() != 1 or ends.shape[0] < 1:
         raise ValueError(f"{op}: {name} has shape {tuple(ends.shape)}, expected (sequences + 1,)")

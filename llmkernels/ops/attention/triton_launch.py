@@ -95,7 +95,6 @@ class _Call:
         self.dims = head_dims(k, v)
         self.pad = max(self.dims["D_PAD"], self.dims["DV_PAD"])
         self.options = mask is not None or alibi_slopes is not None or seed is not None or softcap > 0.0
-        self.mask_sizes = None if mask is None else mask.shape
         self.arguments = {
             "q_ptr": q, "k_ptr": k, "v_ptr": v, "seed_ptr": seed,
             **self.strides("q", q), **self.strides("k", k), **self.strides("v", v), **self.read_mask(mask),
@@ -175,9 +174,20 @@ def _delta(call: _Call, dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tenso
     return delta
 
 
+def _delta_of_weights(call: _Call, shared: dict, dlse: Tensor | None) -> Tensor:
+    """[B, H, S] fp32: sum_j p dp - dlse, which is delta without the rounding of out.
+
+    The gradient of a mask in fp32 shows it: where one key has most of a row's weight, p * (dp - delta) is a small
+    difference. The sums over all keys of a mask's gradient are sum_j p dp where delta is 0.
+    """
+    sums = torch.empty_like(shared["row_max_ptr"])
+    _dmask(call, {**shared, "delta_ptr": torch.zeros_like(sums)}, sums[..., None])
+    return sums if dlse is None else sums - dlse
+
+
 def _dmask(call: _Call, shared: dict, dmask: Tensor) -> None:
     block_m, block_n, launch = call.tiles("dmask")
-    batch, heads, count, keys = call.mask_sizes
+    batch, heads, count, keys = dmask.shape
     sum_rows, sum_cols = count == 1, keys == 1  # of one query or key the sum is that query's or key's
     row_tiles, col_tiles = triton.cdiv(count, block_m), triton.cdiv(keys, block_n)
     programs = batch * heads * row_tiles * col_tiles
@@ -206,12 +216,17 @@ def attention_bwd(dout, dlse, q, k, v, mask, alibi_slopes, sinks, seed, cu_seqle
     grads = [_grad(want, of) for want, of in zip(wanted[:3], (q, k, v), strict=True)]
     (_, to_q), (_, to_k), (_, to_v) = grads
     dmask, _ = _grad(wanted[3], mask if wanted[3] else q)
+    dlse = None if dlse is None else dlse.contiguous()
+    shared = {
+        **call.arguments, "dout_ptr": dout, **call.strides("dout", dout),
+        "row_max_ptr": row_max, "log_sum_ptr": log_sum,
+    }  # fmt: skip
     with torch.cuda.device_of(q):
-        delta = _delta(call, dout, out, None if dlse is None else dlse.contiguous())
-        shared = {
-            **call.arguments, "dout_ptr": dout, **call.strides("dout", dout),
-            "row_max_ptr": row_max, "log_sum_ptr": log_sum, "delta_ptr": delta,
-        }  # fmt: skip
+        if wanted[3] and mask.dtype.itemsize > q.dtype.itemsize:
+            delta = _delta_of_weights(call, shared, dlse)
+        else:
+            delta = _delta(call, dout, out, dlse)
+        shared["delta_ptr"] = delta
         if to_q is not None:
             block_m, _, launch = call.tiles("dq")
             blocks = triton.cdiv(call.longest_q, block_m)
