@@ -178,6 +178,21 @@ def test_attention_matches_fp64_truth(case, backend, whole_tiles):
     assert failures(judge(attention, case, backend)) == []
 
 
+@pytest.mark.parametrize("aligned", (True, False))
+def test_attention_reads_keys_by_descriptor_where_it_can(aligned, backend):
+    """Then threads store nothing of a tile into shared memory, nor ask for it line by line."""
+    x = torch.randn(1, 2, 70, 72, generator=torch.Generator().manual_seed(0)).bfloat16()
+    k = x[..., :64] if aligned else torch.cat((x, x[..., :1]), -1)[..., :64]
+    q = k.contiguous()
+    with sim.device(record=True) as launches:
+        out = functional.scaled_dot_product_attention(q, k, k, causal="bottom_right", backend=backend)
+    (launch,) = launches.all
+    described = aligned and backend == "triton-sim-sm90"
+    assert (launch["shared_requests"] < 500 and launch["global_requests"] < 100) == described
+    expected = functional.scaled_dot_product_attention(q, k, k, causal="bottom_right", backend="torch")
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("page", (None, 16), ids=("contiguous", "paged"))
 def test_attention_to_a_cache(page, backend, whole_tiles):
     generator = torch.Generator().manual_seed(0)

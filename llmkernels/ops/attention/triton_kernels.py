@@ -56,13 +56,27 @@ def _options(which: str) -> dict:
     return constants
 
 
+_DESCRIPTORS = ("k_desc", "v_desc")
+_WITH_TMA = (90, 100)
+
+
 def _kernel_configuration(name: str, dim: int, data: str, which: str):
     block_m, block_n, warps, stages = tiles(name, dim, 4 if data == "fp32" else 2, which == "everything")
-    constants = _options("everything" if name == "dmask" else which)
+    constants = _options("everything" if name == "dmask" else which) | dict.fromkeys(_DESCRIPTORS)
     constants |= {"D": dim, "DV": dim, "D_PAD": dim, "DV_PAD": dim, "BLOCK_M": block_m, "BLOCK_N": block_n}
     constants |= {"STAGES": stages, "SUM_ROWS": dim == 64, "SUM_COLS": dim == 128}
     mask = "*u8" if dim == 128 and name != "dmask" else data
     return _configuration(_KERNELS[name], constants, warps, data, mask)
+
+
+def _described_configuration(name: str, dim: int, data: str, which: str):
+    """The same with descriptors of keys and values."""
+    kernel, types, constants, warps = _kernel_configuration(name, dim, data, which)
+    given = iter(types)
+    types = [f"tensordesc<{data}[1,1,{constants['BLOCK_N']},{dim}]>" if name in _DESCRIPTORS else next(given)
+             for name in kernel.arg_names if name in _DESCRIPTORS or name not in constants]  # fmt: skip
+    constants = {name: value for name, value in constants.items() if name not in _DESCRIPTORS}
+    return kernel, types, constants, warps, _WITH_TMA
 
 
 def _kvcache_configuration(dim: int, data: str, count: int, page: int, split: bool):
@@ -88,6 +102,9 @@ def configurations():
     for name in ("fwd", "dq", "dkv"):
         yield _kernel_configuration(name, 64, "bf16", "packed")
         yield _kernel_configuration(name, 128, "bf16", "causal")
+    for which in ("causal", "everything"):
+        yield _described_configuration("fwd", 64, "bf16", which)
+        yield _described_configuration("fwd", 128, "fp16", which)
     constants = {"DV": 512, "DV_PAD": 512, "BLOCK_M": DELTA_ROWS}
     yield _configuration(_attention_delta_kernel, constants, 4, "bf16", "")
     yield _kvcache_configuration(64, "bf16", 1, 16, True)

@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from llmkernels import _random
+from llmkernels._triton import described
 from llmkernels.ops.attention.reference import empty_out
 from llmkernels.ops.attention.triton_bwd import _attention_delta_kernel, _attention_dq_kernel
 from llmkernels.ops.attention.triton_dkv import _attention_dkv_kernel
@@ -126,6 +127,16 @@ class _Call:
             found = {key: step if size > 1 else 0 for key, size, step in zip(found, sizes, steps, strict=True)}
         return {f"{name}_ptr": mask, **found}
 
+    def descriptors(self, block_n: int) -> dict:
+        """Of keys and values, where a descriptor pays: tiles of 16-bit types, which a product reads from shared memory.
+        Of a packed batch it would read on into the next sequence, and with more columns registers are spilled."""
+        if self.dtype.itemsize > 2 or self.packed or self.pad > 128:
+            return {"k_desc": None, "v_desc": None}
+        return {
+            "k_desc": described(self.arguments["k_ptr"], block_n, self.dims["D_PAD"]),
+            "v_desc": described(self.arguments["v_ptr"], block_n, self.dims["DV_PAD"]),
+        }
+
     def tiles(self, kernel: str) -> tuple[int, int, dict]:
         """(BLOCK_M, BLOCK_N, the same and how to launch as keyword arguments)."""
         block_m, block_n, warps, stages = tiles(kernel, self.pad, self.dtype.itemsize, self.options)
@@ -137,13 +148,13 @@ def attention_fwd(q, k, v, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seq
     row_max, log_sum = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     tensors = (q, k, v, mask, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
     call = _Call(*tensors, max_seqlen_q, k.shape[2], *options)
-    block_m, _, launch = call.tiles("fwd")
+    block_m, block_n, launch = call.tiles("fwd")
     blocks = triton.cdiv(call.longest_q, block_m)
     programs = blocks * call.heads * call.batch
     if programs > 0:
         with torch.cuda.device_of(q):
             _attention_fwd_kernel[(programs,)](
-                **call.arguments, **call.ends, **call.strides("out", out),
+                **call.arguments, **call.ends, **call.descriptors(block_n), **call.strides("out", out),
                 sinks_ptr=None if sinks is None else sinks.contiguous(),
                 out_ptr=out, row_max_ptr=row_max, log_sum_ptr=log_sum, q_blocks=blocks, **launch,
             )  # fmt: skip
