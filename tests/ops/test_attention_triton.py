@@ -178,15 +178,18 @@ def test_descriptors_read_what_pointers_read(layout, options, monkeypatch):
 
     def attend():
         torch.manual_seed(3)
-        return functional.scaled_dot_product_attention(q, k, v, return_lse=True, backend="triton", **options)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        found = functional.scaled_dot_product_attention(*leaves, return_lse=True, backend="triton", **options)
+        dout = _rows_between_heads(torch.linspace(-1, 1, found[0].numel()).view(found[0].shape).to(q))
+        return *found, *torch.autograd.grad(found[0], leaves, dout)
 
     results = attend()
-    assert len(made) == (2 if _triton.has_tma(q) else 0)
+    assert len(made) == (6 if _triton.has_tma(q) else 0)  # two for each of the three kernels
     monkeypatch.setattr(_triton, "has_tma", lambda tensor: False)
     for one, other in zip(results, attend(), strict=True):
         torch.testing.assert_close(one, other)  # products of other instructions may round otherwise
         assert not torch.isnan(one).any()
-    assert len(made) <= 2
+    assert len(made) <= 6
 
 
 def test_head_dims_that_no_tile_holds_are_refused():

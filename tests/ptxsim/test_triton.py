@@ -75,6 +75,7 @@ ATTENTION = [
     attention.AttentionCase("scaled_dot_product_attention", 1, 2, 33, 70, 64, torch.float16, Hk=1, window=(20, 4),
                             sinks=True),
     attention.AttentionCase("scaled_dot_product_attention", 1, 1, 20, 37, 64, torch.float32, dropout=0.3),
+    attention.AttentionCase("scaled_dot_product_attention", 2, 2, 40, 70, 128, torch.bfloat16, Hk=1, Dv=64),
     attention.AttentionCase("attention_varlen", 3, 2, D=64, dtype=torch.bfloat16, Hk=1, causal="bottom_right",
                             lengths=((5, 33, 0), (9, 40, 3))),
 ]  # fmt: skip
@@ -169,7 +170,7 @@ def test_rope_matches_fp64_truth(case, backend):
 def whole_tiles(monkeypatch):
     from llmkernels.ops.attention import triton_kvcache, triton_launch
 
-    monkeypatch.setitem(triton_launch._TILES, ("dkv", 2), {64: (64, 128, 8, 2)})
+    monkeypatch.setitem(triton_launch._TILES, ("dkv", 2), dict.fromkeys((64, 128), (64, 128, 8, 2)))
     monkeypatch.setattr(triton_kvcache, "KEYS_PER_SPLIT", 10**6)
 
 
@@ -179,7 +180,7 @@ def test_attention_matches_fp64_truth(case, backend, whole_tiles):
 
 
 @pytest.mark.parametrize("aligned", (True, False))
-def test_attention_reads_keys_by_descriptor_where_it_can(aligned, backend):
+def test_attention_copies_by_descriptor_where_it_can(aligned, backend):
     """Then threads store nothing of a tile into shared memory, nor ask for it line by line."""
     x = torch.randn(1, 2, 70, 72, generator=torch.Generator().manual_seed(0)).bfloat16()
     k = x[..., :64] if aligned else torch.cat((x, x[..., :1]), -1)[..., :64]

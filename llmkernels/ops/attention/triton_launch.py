@@ -86,7 +86,7 @@ class _Call:
 
     def __init__(self, q, k, v, mask, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                  scale, window_left, window_right, top_left, softcap, dropout_p):  # fmt: skip
-        q, k, v = rows(q), rows(k), rows(v)
+        self.q, self.k, self.v = q, k, v = rows(q), rows(k), rows(v)
         self.dtype, self.heads, self.key_heads = q.dtype, q.shape[1], k.shape[1]
         q_rows, k_rows = q.shape[2], k.shape[2]
         self.packed = cu_seqlens_q is not None
@@ -127,15 +127,13 @@ class _Call:
             found = {key: step if size > 1 else 0 for key, size, step in zip(found, sizes, steps, strict=True)}
         return {f"{name}_ptr": mask, **found}
 
-    def descriptors(self, block_n: int) -> dict:
-        """Of keys and values, where a descriptor pays: tiles of 16-bit types, which a product reads from shared memory.
-        Of a packed batch it would read on into the next sequence, and with more columns registers are spilled."""
-        if self.dtype.itemsize > 2 or self.packed or self.pad > 128:
-            return {"k_desc": None, "v_desc": None}
-        return {
-            "k_desc": described(self.arguments["k_ptr"], block_n, self.dims["D_PAD"]),
-            "v_desc": described(self.arguments["v_ptr"], block_n, self.dims["DV_PAD"]),
-        }
+    def descriptors(self, rows: int, **tensors: Tensor) -> dict:
+        """Of the tensors that come by in blocks of `rows`, where a descriptor pays: 16-bit types, which a product reads
+        from shared memory. Of a packed batch it would read on into the next sequence, and with more columns registers
+        are spilled."""
+        pays = self.dtype.itemsize == 2 and not self.packed and self.pad <= 128
+        columns = lambda name: self.dims["D_PAD" if name in "qk" else "DV_PAD"]
+        return {f"{name}_desc": described(x, rows, columns(name)) if pays else None for name, x in tensors.items()}
 
     def tiles(self, kernel: str) -> tuple[int, int, dict]:
         """(BLOCK_M, BLOCK_N, the same and how to launch as keyword arguments)."""
@@ -154,7 +152,8 @@ def attention_fwd(q, k, v, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seq
     if programs > 0:
         with torch.cuda.device_of(q):
             _attention_fwd_kernel[(programs,)](
-                **call.arguments, **call.ends, **call.descriptors(block_n), **call.strides("out", out),
+                **call.arguments, **call.ends, **call.descriptors(block_n, k=call.k, v=call.v),
+                **call.strides("out", out),
                 sinks_ptr=None if sinks is None else sinks.contiguous(),
                 out_ptr=out, row_max_ptr=row_max, log_sum_ptr=log_sum, q_blocks=blocks, **launch,
             )  # fmt: skip
@@ -239,18 +238,20 @@ def attention_bwd(dout, dlse, q, k, v, mask, alibi_slopes, sinks, seed, cu_seqle
             delta = _delta(call, dout, out, dlse)
         shared["delta_ptr"] = delta
         if to_q is not None:
-            block_m, _, launch = call.tiles("dq")
+            block_m, block_n, launch = call.tiles("dq")
             blocks = triton.cdiv(call.longest_q, block_m)
             if blocks * call.heads * call.batch > 0:
                 _attention_dq_kernel[(blocks * call.heads * call.batch,)](
-                    **shared, **call.ends, dq_ptr=to_q, **call.strides("dq", to_q), blocks=blocks, **launch
-                )
+                    **shared, **call.ends, **call.descriptors(block_n, k=call.k, v=call.v),
+                    dq_ptr=to_q, **call.strides("dq", to_q), blocks=blocks, **launch,
+                )  # fmt: skip
         if to_k is not None or to_v is not None:
-            _, block_n, launch = call.tiles("dkv")
+            block_m, block_n, launch = call.tiles("dkv")
             blocks = triton.cdiv(call.longest_k, block_n)
             if blocks * call.key_heads * call.batch > 0:
                 _attention_dkv_kernel[(blocks * call.key_heads * call.batch,)](
-                    **shared, **call.ends, dk_ptr=to_k, dv_ptr=to_v,
+                    **shared, **call.ends, **call.descriptors(block_m, q=call.q, dout=dout),
+                    dk_ptr=to_k, dv_ptr=to_v,
                     **call.strides("dk", k if to_k is None else to_k),
                     **call.strides("dv", v if to_v is None else to_v),
                     blocks=blocks, **launch,
