@@ -46,10 +46,10 @@ struct Ahead {
   }
 };
 
-// Keys of all heads: how many of one head, and of its values, before the next head's, and how far ahead of them memory is
-// asked for more, in its own order. Measured where kAheadBytes was: on four caches in turn 24 GB/s in fp32 and 31 in bf16
-// against 19 and 16 head by head; after 48 MB of something else 20 and 24 against 18 and 15. With 4 or 16 keys, half the
-// values, half or twice the distance it was less; a line at a time between the products was no better.
+// Keys of all heads: how many of one head, and of its values, before the next head's, and how far ahead of them memory
+// is asked for more, in its own order. Measured where kAheadBytes was: on four caches in turn 24 GB/s in fp32 and 31 in
+// bf16 against 19 and 16 head by head; after 48 MB of something else 20 and 24 against 18 and 15. With 4 or 16 keys,
+// half the values, half or twice the distance it was less; a line at a time between the products was no better.
 constexpr int64_t kSweptKeys = 8, kSweptAhead = 32768;
 template <class T>
 constexpr int64_t kSweptValues = 32 / sizeof(T);

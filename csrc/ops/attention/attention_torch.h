@@ -214,9 +214,9 @@ inline at::Tensor dsinks_of(const AttentionCall& call, const at::Tensor& row_max
   return (weights * delta).sum({0, 2}).neg();
 }
 
-// delta from the weights. A gradient in fp32 shows what rounding out to 16 bits does to delta: where one key has most of
-// a row's weight, p * (dp - delta) is a small difference. The sums over all keys of a mask's gradient are sum_j p * dp
-// where delta is 0, so that any backward can make them; it costs two products more than the five.
+// delta from the weights. A gradient in fp32 shows what rounding out to 16 bits does to delta: where one key has most
+// of a row's weight, p * (dp - delta) is a small difference. The sums over all keys of a mask's gradient are
+// sum_j p * dp where delta is 0, so that any backward can make them; it costs two products more than the five.
 template <class Run>
 void delta_of_weights(AttentionBwdParams p, const at::Tensor& delta, const at::Tensor& dlse, Run&& run) {
   const at::Tensor zeros = at::zeros_like(delta);
