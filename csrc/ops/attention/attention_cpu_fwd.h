@@ -33,7 +33,7 @@ struct FwdPlan {
     // Where a key's heads lie side by side, going through one head reads a few lines here and there.
     const bool side_by_side = in.k_strides.head < in.k_strides.row && in.v_strides.head < in.v_strides.row;
     swept = all <= kSweptRows && in.Hk > 1 && side_by_side && in.mask_kind == MaskKind::kNone &&
-            in.Hk * head_rows * (in.D + in.Dv) * static_cast<int64_t>(sizeof(float)) <= kSweptBytes;
+            in.Hk * rows * (in.D + in.Dv) * static_cast<int64_t>(sizeof(float)) <= kSweptBytes;
     heads = swept ? in.Hk : 1;
     split_keys = swept ? kSweptSplitKeys : kSplitKeys;
     splits = blocks == 1 && in.T > split_keys ? div_up(in.T, split_keys) : 1;
