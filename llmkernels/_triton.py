@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TL_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -42,6 +43,13 @@ def wide(number):
 
 
 @triton.jit
+def load_block(descriptor, batch, head, row, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """[ROWS, COLS] of what `described` describes, from `row` on."""
+    at = [batch.to(tl.int32), head.to(tl.int32), row, 0]
+    return tl.reshape(descriptor.load(at), [ROWS, COLS])
+
+
+@triton.jit
 def kept(seed_ptr, numbers, cols, threshold):
     """Which elements dropout keeps: llmkernels/_random.py. `numbers` (int64) and `cols` broadcast."""
     z = tl.load(seed_ptr).to(tl.uint64, bitcast=True) + (numbers + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
@@ -72,6 +80,27 @@ def split_scalar(value: float) -> tuple[float, float]:
     """
     first = ctypes.c_float(value).value
     return first, value - first if math.isfinite(first) else 0.0
+
+
+def has_tma(tensor: Tensor) -> bool:
+    """Whether the GPU of `tensor` copies tiles by descriptor: from Hopper on. An interpreter does it anywhere."""
+    return not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+
+
+def described(tensor: Tensor, *block: int) -> TensorDescriptor | None:
+    """A descriptor of the blocks of the last two of four dimensions, or None where the hardware has none for this.
+
+    It fills with zeros what is beyond either dimension. It wants addresses and strides of whole 16 bytes, and rows
+    without gaps between their elements.
+    """
+    unit = 16 // tensor.element_size()
+    # The stride of a dimension of one element is never used.
+    strides = [unit if size == 1 else step for size, step in zip(tensor.shape[:3], tensor.stride(), strict=False)]
+    if min(tensor.shape) == 0 or min(strides) <= 0 or any(step % unit for step in strides):
+        return None
+    if (tensor.stride(3) != 1 and tensor.shape[3] > 1) or tensor.data_ptr() % 16 or not has_tma(tensor):
+        return None
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, *block])
 
 
 def as_rows(tensor: Tensor | None, rows: int, cols: int) -> tuple[Tensor | None, int]:

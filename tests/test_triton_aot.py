@@ -55,6 +55,17 @@ def test_quantized_linear_multiplies_by_wgmma_on_hopper(compiled):
     assert len(rows) > 30 and [row for row in rows if not row["wgmma"]] == []
 
 
+def test_attention_on_hopper_copies_by_descriptor_and_multiplies_by_wgmma(compiled):
+    rows = [row for row in compiled if row["kernel"].startswith("_attention_") and row["capability"] >= 90]
+    absent = {"_attention_dkv_kernel": "q_desc"} | dict.fromkeys(
+        ("_attention_fwd_kernel", "_attention_dq_kernel"), "k_desc"
+    )
+    described = [row for row in rows if row["kernel"] in absent and absent[row["kernel"]] not in row["constants"]]
+    assert [(row["tma"], row["wgmma"]) for row in described if row["capability"] == 90] == [(True, True)] * 12
+    assert [row["tma"] for row in described if row["capability"] == 100] == [True] * 12
+    assert not any(row["tma"] for row in rows if row not in described)
+
+
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="triton: test_long_rows covers this on a GPU")
 @pytest.mark.parametrize("data", ("normal", "offset", "outlier"))
 @pytest.mark.parametrize("op", cases.OPS)

@@ -16,6 +16,8 @@ from triton.compiler import ASTSource
 from llmkernels import ops
 from llmkernels.testing import resources
 
+# What is looked for in the PTX.
+_WORDS = {"tf32": "tf32", "wgmma": "wgmma", "tma": "cp.async.bulk.tensor"}
 # Bytes of shared memory a block may use, by compute capability.
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 
@@ -35,7 +37,7 @@ def _compile(kernel, types, constants, warps, capability):
     plain = [name for name in names if name not in constants]
     spelled = {**{kind: f"*{kind}" for kind in pointers}, "scalar": "fp32"}
     signature = {name: spelled.get(kind, kind) for name, kind in zip(plain, types, strict=True)}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in plain if signature[name] != "fp32"}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in plain if signature[name][0] in "*i"}
     signature |= {name: "constexpr" for name in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
@@ -59,7 +61,7 @@ def main(capabilities) -> None:
                 "warps": warps,
                 "constants": {name: str(value) for name, value in constants.items()},
                 "shared": compiled.metadata.shared,
-                **{word: word in compiled.asm["ptx"] for word in ("tf32", "wgmma")},
+                **{name: word in compiled.asm["ptx"] for name, word in _WORDS.items()},
                 **_usage(compiled.asm["cubin"]),
             }
             print(json.dumps(row), flush=True)

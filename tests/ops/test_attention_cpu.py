@@ -133,6 +133,35 @@ def test_each_gradient_alone(wanted, mask_shape):
         torch.testing.assert_close(grads(wanted)[3], mask_gradient(x, call, saved, options), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", ((1, 4, 2, 16, 16), (2, 4, 4, 24, 8), (1, 12, 3, 7, 5), (1, 8, 2, 128, 64)), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(
+    "options", ({}, {"window": (270, -1), "sinks": True}, {"causal": "bottom_right", "alibi": True}), ids=str
+)
+def test_heads_side_by_side_are_heads_apart(options, dtype, sizes):
+    """A cache in the order of memory, all heads at once, against one head after the other."""
+    S, H, Hk, D, Dv = sizes
+    generator = torch.Generator().manual_seed(1)
+    normal = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
+    q, k, v = normal(2, S, H, D), normal(2, 700, Hk, D), normal(2, 700, Hk, Dv)
+    lengths = torch.tensor([690, 259], dtype=torch.int32)
+    for b, length in enumerate(lengths.tolist()):
+        k[b, length:], v[b, length:] = torch.nan, torch.nan
+    options = dict(options)
+    if options.pop("sinks", False):
+        options["sinks"] = torch.linspace(-1.0, 1.0, H)
+    if options.pop("alibi", False):
+        options["alibi_slopes"] = torch.linspace(0.1, 0.01, H)
+    apart = lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)
+    one, other = (
+        functional.attention_kvcache(q, *caches, cache_seqlens=lengths, return_lse=True, backend="cpu", **options)
+        for caches in ((k, v), (apart(k), apart(v)))
+    )
+    tolerance = {} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
+    torch.testing.assert_close(one[0], other[0], **tolerance)
+    torch.testing.assert_close(one[1], other[1])
+
+
 def test_values_that_would_read_elsewhere_are_errors():
     arguments = list(cache_inputs(torch.float32, paged=16))
     for index, value, message in ((5, 1000, r"seqlens_k\[0\] is 1000, expected 0 to 160"),

@@ -140,6 +140,11 @@ def test_sequences_without_keys_and_empty_tensors(backend, device):
     for queries, keys in ((q[:, :0], k), (q, k[:, :0]), (q[:0], k[:0])):
         out = functional.attention_kvcache(queries, keys, keys, backend=backend)
         assert out.shape == queries.shape and not bool(out.any() and keys.shape[1] == 0)
+    table, lengths = torch.zeros(2, 3, dtype=torch.int32, device=device), torch.zeros_like(lengths)
+    pages = k[:, :0]  # with room for no key
+    assert not functional.attention_kvcache(
+        q, pages, pages, cache_seqlens=lengths, block_table=table, backend=backend
+    ).any()
 
 
 def test_nan_within_a_sequence_comes_out(backend, device):
@@ -203,8 +208,8 @@ def test_compile_fullgraph_equals_eager_append_included(lengths, backend, device
 def test_twice_run_is_bitwise_equal(backend, device):
     q, k, v = tensors(device, rows=50)
     lengths = torch.tensor([50, 31], dtype=torch.int32, device=device)
-    first, second = (functional.attention_kvcache(q, k, v, cache_seqlens=lengths, backend=backend) for _ in range(2))
-    assert torch.equal(first, second)
+    call = lambda **options: functional.attention_kvcache(q, k, v, cache_seqlens=lengths, backend=backend, **options)
+    assert torch.equal(call(), call(deterministic=True))
 
 
 @pytest.mark.parametrize("name", ("split", "paged", "prefill"))
@@ -355,6 +360,8 @@ def test_bad_arguments_have_one_clear_message_and_nothing_is_written():
          lambda: paged(torch.tensor([[0, -1], [1, 2]], dtype=torch.int32), **new, cache_seqlens=ints(2, 0))),
         (TypeError, "block_table has dtype torch.int64", lambda: paged(table.long(), **new, cache_seqlens=0)),
         (ValueError, r"block_table has shape \(1, 3\), expected \(2, pages", lambda: paged(table[:1], cache_seqlens=0)),
+        (ValueError, r"k_cache has strides \(0, 32, 16, 1\), expected memory of its own for each element",
+         lambda: call(k_cache=caches[0][:1].expand(2, -1, -1, -1), **new, cache_seqlens=0)),
         (ValueError, "k is given without v", lambda: call(k=k, cache_seqlens=0)),
         (ValueError, r"query has shape \(2, 12, 64\), expected \(batch, length", lambda: call(q.flatten(2))),
         (ValueError, r"k_cache has shape \(2, 12, 2, 8\), expected \(2, 12, 2, 16\), with the head_dim of query",

@@ -65,7 +65,7 @@ def test_window_sees_exactly_its_keys(window, backend, random, poison):
 def test_window_that_is_large_enough_is_no_window(backend, random, poison):
     tensors = [random(1, 2, length, 16).requires_grad_() for length in (40, 70, 70)]
     plain = sdpa(backend, *tensors)
-    for options in ({"window": (70, 70)}, {"window": (-1, 10**6)}, {"window": (10**6, -1)}):
+    for options in ({"window": (70, 70)}, {"window": (-1, 10**6)}, {"window": (10**6, -1)}, {"window": (2**63, 2**31)}):
         wide = sdpa(backend, *tensors, **options)
         close(wide, plain)
         close(grads(wide, *tensors), grads(sdpa(backend, *tensors), *tensors))
@@ -278,6 +278,17 @@ def test_no_queries_and_no_keys(S, T, backend, random, device, poison):
     (dsinks,) = torch.autograd.grad(sdpa(backend, q, k, v, sinks=sinks)[1].sum(), sinks)
     assert torch.equal(dsinks, torch.full_like(dsinks, 10.0))
     assert torch.equal(sdpa(backend, q, k, v)[1], torch.full((2, 2, S), -torch.inf, device=device))
+
+
+def test_no_heads_and_heads_of_no_elements(backend, random, device, poison):
+    q, k, v = (random(2, 2, length, 8).requires_grad_() for length in (5, 7, 7))
+    for cut in (lambda x: x[:, :0], lambda x: x[:0]):
+        out, lse = sdpa(backend, cut(q), cut(k), cut(v), dropout_p=0.5)
+        assert (out.shape, lse.shape) == (cut(q).shape, cut(q).shape[:3])
+        assert all(not grad.any() for grad in grads((out, lse), q, k, v))
+    out, lse = sdpa(backend, q[..., :0], k[..., :0], v)  # every score is 0
+    close((out, lse), (v.mean(2, keepdim=True).expand(2, 2, 5, 8), torch.full((2, 2, 5), 7.0, device=device).log()))
+    assert sdpa(backend, q, k, v[..., :0])[0].shape == (2, 2, 5, 0)
 
 
 # --- integers, whose products and sums are exact ---------------------------------------------------------------------

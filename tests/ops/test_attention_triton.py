@@ -1,4 +1,5 @@
-"""The Triton kernel of attention to a cache, against the reference in fp64, with several shares of the keys and one."""
+"""Attention in Triton: the kernel for a cache against the reference in fp64, with several shares of the keys and one;
+keys and values by descriptors and by pointers."""
 
 import pytest
 import torch
@@ -119,6 +120,76 @@ def test_kvcache_without_rows():
     arguments[0] = arguments[0][:, :, :0]
     out, row_max, log_sum = torch.ops.llmkernels_triton.attention_kvcache_fwd(*on_device(arguments))
     assert (out.shape, row_max.shape, log_sum.shape) == ((2, 4, 0, 16), (2, 4, 0), (2, 4, 0))
+
+
+# --- descriptors ----------------------------------------------------------------------------------------------------
+
+
+def _rows_between_heads(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _within_nan(x):
+    """With NaN behind the last row and the last column of each head."""
+    batch, heads, count, dim = x.shape
+    whole = torch.full((batch, heads, count + 3, dim + 8), torch.nan, dtype=x.dtype, device=x.device)
+    whole[:, :, :count, :dim] = x
+    return whole[:, :, :count, :dim]
+
+
+DESCRIBED = {
+    "contiguous": lambda x: x,
+    "rows between heads": _rows_between_heads,
+    "NaN around": _within_nan,
+    "strange strides of single elements": lambda x: x[:1, :1].as_strided((1, 1, *x.shape[2:]), (3, 5, x.shape[3], 1)),
+}
+NOT_DESCRIBED = {
+    "expanded heads": lambda x: x[:, :1].expand(-1, 2, -1, -1),
+    "odd row stride": lambda x: torch.cat((x, x[..., :3]), -1)[..., :-3],
+    "misaligned": lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape),
+    "every second column": lambda x: torch.stack((x, x), -1).flatten(-2)[..., ::2],
+    "nothing": lambda x: x[:, :, :0],
+}
+
+
+@pytest.mark.parametrize("layout", DESCRIBED | NOT_DESCRIBED)
+def test_what_descriptors_are_made_for(layout):
+    from llmkernels._triton import described, has_tma
+
+    x = torch.randn(2, 2, 70, 40, dtype=torch.bfloat16, device=device_of("triton"))
+    tensor = (DESCRIBED | NOT_DESCRIBED)[layout](x)
+    found = described(tensor, 64, 64)
+    assert (found is not None) == (layout in DESCRIBED and has_tma(x))
+    if found is not None:
+        assert found.block_shape == [1, 1, 64, 64] and found.base is tensor
+
+
+@pytest.mark.parametrize("options", ({}, {"causal": "bottom_right"}, {"window": (20, 9)}, {"dropout_p": 0.3}), ids=str)
+@pytest.mark.parametrize("layout", DESCRIBED)
+def test_descriptors_read_what_pointers_read(layout, options, monkeypatch):
+    from llmkernels import _triton
+
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=generator).bfloat16().to(device_of("triton"))
+    q, k, v = (DESCRIBED[layout](x) for x in (normal(2, 2, 50, 40), normal(2, 2, 90, 40), normal(2, 2, 90, 24)))
+    made = []
+    usual = _triton.TensorDescriptor
+    monkeypatch.setattr(_triton, "TensorDescriptor", lambda *args: made.append(usual(*args)) or made[-1])
+
+    def attend():
+        torch.manual_seed(3)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        found = functional.scaled_dot_product_attention(*leaves, return_lse=True, backend="triton", **options)
+        dout = _rows_between_heads(torch.linspace(-1, 1, found[0].numel()).view(found[0].shape).to(q))
+        return *found, *torch.autograd.grad(found[0], leaves, dout)
+
+    results = attend()
+    assert len(made) == (6 if _triton.has_tma(q) else 0)  # two for each of the three kernels
+    monkeypatch.setattr(_triton, "has_tma", lambda tensor: False)
+    for one, other in zip(results, attend(), strict=True):
+        torch.testing.assert_close(one, other)  # products of other instructions may round otherwise
+        assert not torch.isnan(one).any()
+    assert len(made) <= 6
 
 
 def test_head_dims_that_no_tile_holds_are_refused():

@@ -75,6 +75,7 @@ ATTENTION = [
     attention.AttentionCase("scaled_dot_product_attention", 1, 2, 33, 70, 64, torch.float16, Hk=1, window=(20, 4),
                             sinks=True),
     attention.AttentionCase("scaled_dot_product_attention", 1, 1, 20, 37, 64, torch.float32, dropout=0.3),
+    attention.AttentionCase("scaled_dot_product_attention", 2, 2, 40, 70, 128, torch.bfloat16, Hk=1, Dv=64),
     attention.AttentionCase("attention_varlen", 3, 2, D=64, dtype=torch.bfloat16, Hk=1, causal="bottom_right",
                             lengths=((5, 33, 0), (9, 40, 3))),
 ]  # fmt: skip
@@ -180,13 +181,28 @@ def test_rope_matches_fp64_truth(case, backend):
 def whole_tiles(monkeypatch):
     from llmkernels.ops.attention import triton_kvcache, triton_launch
 
-    monkeypatch.setitem(triton_launch._TILES, ("dkv", 2), {64: (64, 128, 8, 2)})
+    monkeypatch.setitem(triton_launch._TILES, ("dkv", 2), dict.fromkeys((64, 128), (64, 128, 8, 2)))
     monkeypatch.setattr(triton_kvcache, "KEYS_PER_SPLIT", 10**6)
 
 
 @pytest.mark.parametrize("case", ATTENTION, ids=str)
 def test_attention_matches_fp64_truth(case, backend, whole_tiles):
     assert failures(judge(attention, case, backend)) == []
+
+
+@pytest.mark.parametrize("aligned", (True, False))
+def test_attention_copies_by_descriptor_where_it_can(aligned, backend):
+    """Then threads store nothing of a tile into shared memory, nor ask for it line by line."""
+    x = torch.randn(1, 2, 70, 72, generator=torch.Generator().manual_seed(0)).bfloat16()
+    k = x[..., :64] if aligned else torch.cat((x, x[..., :1]), -1)[..., :64]
+    q = k.contiguous()
+    with sim.device(record=True) as launches:
+        out = functional.scaled_dot_product_attention(q, k, k, causal="bottom_right", backend=backend)
+    (launch,) = launches.all
+    described = aligned and backend == "triton-sim-sm90"
+    assert (launch["shared_requests"] < 500 and launch["global_requests"] < 100) == described
+    expected = functional.scaled_dot_product_attention(q, k, k, causal="bottom_right", backend="torch")
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("page", (None, 16), ids=("contiguous", "paged"))

@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Pointer:
@@ -32,9 +33,13 @@ _LANGUAGE_NAMES = {"fp32": "float32", "fp64": "float64", "fp16": "float16", "bf1
 
 
 def _argument(described):
-    """What triton_sim described: a pointer, a dtype of the language, or a plain value."""
+    """What triton_sim described: a pointer, a descriptor, a dtype of the language, or a plain value."""
     if not isinstance(described, dict):
         return described
+    if "block" in described:
+        return TensorDescriptor(
+            Pointer(described["pointer"], True), *(described[x] for x in ("shape", "strides", "block"))
+        )
     if "dtype" in described:
         return getattr(tl, _LANGUAGE_NAMES.get(described["dtype"], described["dtype"]))
     return Pointer(described["pointer"], described["aligned"])
@@ -61,6 +66,7 @@ def compile_request(module: str, name: str, args: list, kwargs: dict, capability
         "shared": metadata.shared,
         "cluster": list(metadata.cluster_dims) if hasattr(metadata, "cluster_dims") else [metadata.num_ctas, 1, 1],
         "scratch_bytes": metadata.global_scratch_size,
+        "descriptors": getattr(metadata, "tensordesc_meta", None),
     }
 
 

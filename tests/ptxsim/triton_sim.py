@@ -26,12 +26,15 @@ _active = threading.local()
 @contextlib.contextmanager
 def launching() -> Iterator[None]:
     """`kernel[grid](...)` in this thread compiles for the architecture of `sim.device` and runs there."""
+    from llmkernels import _triton  # imports Triton, which not every machine has
+
     _replace_launcher()
     before, _active.on = getattr(_active, "on", False), True
+    usual, _triton.has_tma = _triton.has_tma, lambda tensor: CAPABILITY[sim.module().device().arch] >= 90
     try:
         yield
     finally:
-        _active.on = before
+        _active.on, _triton.has_tma = before, usual
 
 
 @functools.cache
@@ -60,19 +63,42 @@ def _launch(function, grid, args, kwargs) -> None:
     loaded = sim.load(compiled["ptx"], f"{function.__qualname__}.ptx")
     given = dict(zip(compiled["names"], args, strict=False)) | kwargs
     scratch = torch.empty(compiled["scratch_bytes"] * _product(grid) or 1, dtype=torch.uint8)
-    arguments = [given[name] for name in compiled["passed"]]
+    maps = iter(compiled["descriptors"] or ())
+    arguments = [part for name in compiled["passed"] for part in _parts(given[name], maps)]
     # Behind the kernel's own: global scratch, and scratch of a profiler that is never on.
     arguments += [scratch, None][: len(loaded.params(compiled["kernel"])) - len(arguments)]
     threads = 32 * compiled["warps"]
     sim.run(loaded, compiled["kernel"], grid, threads, compiled["shared"], arguments, compiled["cluster"])
 
 
+def _parts(arg, maps: Iterator[dict]) -> list:
+    """What the kernel has for an argument. Of a descriptor that is a tensor map with its sizes and strides, or, where the
+    GPU has none, a pointer and the same twice: Triton's driver does it so."""
+    if not _is_descriptor(arg):
+        return [arg]
+    sizes = [*arg.shape, *arg.strides]
+    made = next(maps, None)
+    if made is None:
+        return [arg.base, *sizes, False, False, *sizes]
+    return [
+        sim.TensorMap(arg.base.as_strided(arg.shape, arg.strides), tuple(made["block_size"]), made["swizzle"]),
+        *sizes,
+    ]
+
+
 def _product(grid) -> int:
     return functools.reduce(lambda a, b: a * b, grid, 1)
 
 
+def _is_descriptor(arg) -> bool:
+    return type(arg).__name__ == "TensorDescriptor"
+
+
 def _describe(arg):
     """What specialisation looks at, as JSON."""
+    if _is_descriptor(arg):
+        block = {"block": arg.block_shape, "shape": list(arg.shape), "strides": list(arg.strides)}
+        return _describe(arg.base) | block
     if isinstance(arg, torch.Tensor):
         return {"pointer": str(arg.dtype).removeprefix("torch."), "aligned": arg.data_ptr() % 16 == 0}
     if hasattr(arg, "name") and type(arg).__module__ == "triton.language.core":

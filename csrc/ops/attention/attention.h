@@ -66,6 +66,7 @@ struct AttentionFwdParams {
 
 // With p = exp((s - m) - log l) and dp_ij = keep / (1 - dropout_p) * dout_i . v_j:
 //   delta_i = dout_i . out_i - dlse_i;  ds = p * (dp - delta);  dmask = ds, summed over what it broadcasts
+//     (sum_j p dp is dout_i . out_i too, without the rounding of out)
 //   dv_j = sum_i keep / (1 - dropout_p) * p * dout_i;  ds becomes scale * ds * (1 - (capped / softcap)^2)
 //   dq_i = sum_j ds k_j;  dk_j = sum_i ds q_i
 struct AttentionBwdParams {
@@ -75,13 +76,14 @@ struct AttentionBwdParams {
   const float* row_max;  // [B, H, q_rows]
   const float* log_sum;  // as row_max
   const float* dlse;     // as row_max; null: none
-  float* delta;          // as row_max: written by the kernels, dsinks are made from it
+  float* delta;          // as row_max: written by the kernels, unless it is there; dsinks are made from it
   void* dq;              // [B, H, S, D]   T; null: not wanted
   void* dk;              // [B, Hk, T, D]  T; null: not wanted
   void* dv;              // [B, Hk, T, Dv] T; null: not wanted
   void* dmask;           // the shape of the mask, contiguous, of mask_kind; null: not wanted
   AttentionStrides dout_strides, out_strides, dq_strides, dk_strides, dv_strides;
   int64_t dmask_sizes[4];  // each 1 or that of [B, H, S, T]
+  bool has_delta;          // delta is there already
 };
 
 }  // namespace llmkernels

@@ -309,7 +309,7 @@ AttentionBwdWork attention_bwd_work(const AttentionBwdParams& p, int64_t threads
     const auto set = [&](int step, int64_t tasks, int64_t bytes, int64_t flops) {
       work.tasks[step] = tasks, work.scratch_bytes[step] = bytes, work.task_flops[step] = flops;
     };
-    set(delta, in.B * in.H * in.S, 0, 2 * in.Dv);
+    if (!p.has_delta) set(delta, in.B * in.H * in.S, 0, 2 * in.Dv);
     const int64_t tile = 2 * kBwdRows * kBwdKeys * (in.D + in.Dv);
     if (by_head || by_share) {
       set(heads, by_share ? shares : pairs, backward.heads_step(0, 0, nullptr),

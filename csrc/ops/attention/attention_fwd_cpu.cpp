@@ -3,131 +3,13 @@
 //
 // A task is a block of the rows of a key head, which are the queries of all its heads. Its keys are all, or with a
 // single block of rows a part of them, whose results are merged. Keys and values are packed once for all tasks of a key
-// head that a thread works on; where rows are few they are read where they lie.
+// head that a thread works on; where rows are few they are read where they lie. Of a cache whose keys have their heads
+// side by side, a task then has all of them, and reads in the order of memory.
 #include "ops/attention/attention_cpu.h"
-#include "ops/attention/attention_cpu_direct.h"
+#include "ops/attention/attention_cpu_fwd.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
-
-constexpr int64_t kBlockRows = 96;   // rows of a task: what a packed block of keys is read for
-constexpr int64_t kBlockKeys = 128;  // K and V of it fit the first cache with D = 64
-constexpr int64_t kDirectRows = 32;  // up to this many rows of a key head packing takes longer than it saves (Zen 5)
-constexpr int64_t kSplitKeys = 512;  // keys of a task where they are split
-constexpr int kStats = 2;            // row_max and the sum, in front of a split's result
-
-struct FwdPlan {
-  bool direct;
-  int64_t blocks, splits;  // tasks are (b, key head, block, split)
-  int64_t group, rows;     // query heads of a key head; the most rows that a task has
-
-  explicit FwdPlan(const AttentionInputs& in) {
-    group = in.Hk > 0 ? in.H / in.Hk : 1;
-    const int64_t all = group * in.S;
-    direct = all <= kDirectRows;
-    rows = all < kBlockRows ? all : kBlockRows;
-    blocks = div_up(all, kBlockRows);
-    splits = blocks == 1 && in.T > kSplitKeys ? div_up(in.T, kSplitKeys) : 1;
-  }
-};
-
-template <class T>
-struct FwdMemory {
-  using C = ProductOf<T>;
-  static constexpr int n = kLanes<float>;
-  static constexpr int kTileRows = CPU_CAPABILITY::kTileRows<C>;
-  int64_t q_row, acc_row, key_words, value_words;  // of a row of q, of the sums; of a packed block of K, of V
-  Word *q, *k, *v;
-  uint8_t* is_packed;
-  float *acc, *s, *top, *total;
-  Word* p;
-  ScoreRow* rows;
-  int64_t bytes;
-
-  FwdMemory(const AttentionInputs& in, const FwdPlan& plan, char* base) {
-    Arena arena{base};
-    const int64_t most = plan.rows + n;
-    q_row = round_up(div_up(in.D, kPerWord<C>), n);
-    acc_row = round_up(in.Dv, n);
-    key_words = words_of<C>(in.D) * kBlockKeys;
-    value_words = kBlockKeys / kPerWord<C> * acc_row;
-    q = arena.take<Word>(most * q_row);
-    acc = arena.take<float>(most * acc_row);
-    s = arena.take<float>(kTileRows * kBlockKeys);
-    p = arena.take<Word>(kTileRows * kBlockKeys / kPerWord<C>);
-    top = arena.take<float>(most);
-    total = arena.take<float>(most * n);
-    rows = arena.take<ScoreRow>(most);
-    const int64_t packed = plan.direct ? 0 : div_up(in.T, kBlockKeys);
-    is_packed = arena.take<uint8_t>(packed);
-    k = arena.take<Word>(packed * key_words);
-    v = arena.take<Word>(packed * value_words);
-    bytes = arena.used;
-  }
-};
-
-// The rows of a task as they are in its tensors.
-struct TaskRows {
-  int64_t head, first, queries;  // row r is query (first + r) % queries of head + (first + r) / queries
-  int64_t head_of(int64_t r) const { return head + (first + r) / queries; }
-  int64_t query_of(int64_t r) const { return (first + r) % queries; }
-};
-
-// Rows of one call of softmax_rows: their maxima are one vector.
-template <class T>
-constexpr int kSoftmaxRows = kTileRows<ProductOf<T>> > 8 ? kLanes<float> : kTileRows<ProductOf<T>> > 4 ? 8 : 4;
-
-// Scores to weights, and the running maximum and sum. Gives the factors of the earlier sums.
-template <class T, class P, bool kPlain>
-__attribute__((noinline)) void softmax_rows(const AttentionInputs& in, const FwdMemory<T>& memory, const float* s,
-                                            int64_t first_row, int count, int64_t first_key, int64_t c0, int64_t c1,
-                                            P* weights, float* factors) {
-  constexpr int n = kLanes<float>;
-  constexpr int kCount = kSoftmaxRows<T>;
-  constexpr bool kCoarse = sizeof(T) == 2;
-  FloatVector tops[kCount];
-  for (int i = 0; i < kCount; ++i) tops[i] = splat(-kInfinity);
-  for (int i = 0; i < count; ++i) {
-    FloatVector top = splat(-kInfinity);
-    for (int64_t j = c0; j < c1; j += n) top = maximum(load(s + i * kBlockKeys + j), top);
-    tops[i] = top;
-  }
-  FloatVector top = combine_lanes<kCount>(tops, Max{});
-  if (kPlain) top = top * in.scale;
-  const FloatVector before = load(memory.top + first_row);
-  const FloatVector now = maximum(top, before);
-  const FloatVector safe = now == -kInfinity ? FloatVector{} : now;
-  store(factors, exp<float>(before - safe));
-  store_tail(memory.top + first_row, now, count);
-  float subtracted[n];
-  store(subtracted, safe);
-  for (int i = 0; i < count; ++i) {
-    const float* row = s + i * kBlockKeys;
-    P* to = weights + i * kBlockKeys;
-    const float highest = subtracted[i];
-    const auto weight = [&](int64_t j) {
-      const FloatVector x = kPlain ? load(row + j) * in.scale - highest : load(row + j) - highest;
-      return exp<float, kCoarse>(x);
-    };
-    FloatVector sum{};
-    if (in.seed != nullptr) {
-      const RowKeys random = memory.rows[first_row + i].random;
-      for (int64_t j = c0; j < c1; j += n) {
-        const FloatVector w = weight(j);
-        sum += w;
-        store_weights(to + j, select(kept(random, first_key + j, in.dropout_threshold), w));
-      }
-    } else {
-      for (int64_t j = c0; j < c1; j += n) {
-        const FloatVector w = weight(j);
-        sum += w;
-        store_weights(to + j, w);
-      }
-    }
-    float* total = memory.total + (first_row + i) * n;
-    store(total, load(total) * factors[i] + sum);
-  }
-}
 
 template <class T>
 class FwdTask {
@@ -138,9 +20,12 @@ class FwdTask {
 
  public:
   FwdTask(const AttentionFwdParams& params, const FwdPlan& plan, const FwdMemory<T>& memory)
-      : p(params), in(params.in), plan(plan), memory(memory), plain(is_plain(params.in)) {}
+      : p(params), in(params.in), plan(plan), whole(memory), memory(memory), plain(is_plain(params.in)) {}
 
-  void run(int64_t task, float* partial) {
+  void run(int64_t task, float* partial) { plan.swept ? run_swept(task, partial) : run_head(task, partial); }
+
+ private:
+  void run_head(int64_t task, float* partial) {
     const int64_t split = task % plan.splits, block = task / plan.splits % plan.blocks;
     const int64_t b = task / (plan.splits * plan.blocks * in.Hk);
     const int64_t key_head = task / (plan.splits * plan.blocks) % in.Hk;
@@ -152,17 +37,8 @@ class FwdTask {
     start(b, seq, rows, count, split == 0);
     const HeadRows<T> keys = key_rows<T>(in, in.k, in.k_strides, b, key_head, seq);
     const HeadRows<T> values = key_rows<T>(in, in.v, in.v_strides, b, key_head, seq);
-    int64_t low = seq.keys, high = 0;
-    for (int64_t r = 0; r < count; ++r) {
-      const ScoreRow& row = memory.rows[r];
-      if (row.low >= row.high) continue;
-      low = row.low < low ? row.low : low;
-      high = row.high > high ? row.high : high;
-    }
-    if (plan.splits > 1) {
-      low = low < split * kSplitKeys ? split * kSplitKeys : low;
-      high = high > (split + 1) * kSplitKeys ? (split + 1) * kSplitKeys : high;
-    }
+    int64_t low, high;
+    keys_of(split, seq, count, low, high);
     if (!plan.direct && b * in.Hk + key_head != packed_head) {
       packed_head = b * in.Hk + key_head;
       for (int64_t i = 0; i < div_up(in.T, kBlockKeys); ++i) memory.is_packed[i] = 0;
@@ -181,7 +57,51 @@ class FwdTask {
     }
   }
 
- private:
+  // All key heads, a few keys at a time, in the order of memory.
+  void run_swept(int64_t task, float* partial) {
+    const int64_t split = task % plan.splits, b = task / plan.splits;
+    const Sequence seq = sequence(in, b);
+    const int64_t count = plan.group * seq.queries;
+    if (count <= 0) return;
+    const auto rows_of = [&](int64_t head) { return TaskRows{head * plan.group, 0, seq.queries}; };
+    for (int64_t head = 0; head < plan.heads; ++head) {  // in this order: a head's padding is the next one's first rows
+      memory = whole.from(head * plan.head_rows);
+      start(b, seq, rows_of(head), count, split == 0);
+    }
+    int64_t low, high;
+    memory = whole;
+    keys_of(split, seq, count, low, high);
+    const HeadRows<T> keys = key_rows<T>(in, in.k, in.k_strides, b, 0, seq);
+    const HeadRows<T> values = key_rows<T>(in, in.v, in.v_strides, b, 0, seq);
+    for (int64_t key = low / kBlockKeys * kBlockKeys; key < high; key += kBlockKeys) {
+      swept_block(keys, values, key, low, high, count);
+    }
+    for (int64_t head = 0; head < plan.heads; ++head) {
+      memory = whole.from(head * plan.head_rows);
+      if (plan.splits > 1) {
+        const int64_t at = (b * in.Hk + head) * plan.splits + split;
+        keep_partial(partial + at * plan.rows * (kStats + in.Dv), count, low < high);
+      } else {
+        finish(seq, rows_of(head), count);
+      }
+    }
+  }
+
+  // The keys [low, high) that some row of a split sees.
+  void keys_of(int64_t split, const Sequence& seq, int64_t count, int64_t& low, int64_t& high) const {
+    low = seq.keys, high = 0;
+    for (int64_t r = 0; r < count; ++r) {
+      const ScoreRow& row = memory.rows[r];
+      if (row.low >= row.high) continue;
+      low = row.low < low ? row.low : low;
+      high = row.high > high ? row.high : high;
+    }
+    if (plan.splits > 1) {
+      low = low < split * plan.split_keys ? split * plan.split_keys : low;
+      high = high > (split + 1) * plan.split_keys ? (split + 1) * plan.split_keys : high;
+    }
+  }
+
   // First and last blocks in turn: with a causal mask the later ones take longer, and threads get neighbouring tasks.
   int64_t mixed(int64_t block) const { return block % 2 == 0 ? block / 2 : plan.blocks - 1 - block / 2; }
 
@@ -277,6 +197,69 @@ class FwdTask {
     }
   }
 
+  // The same for all key heads; `keys` and `values` are those of the first.
+  void swept_block(const HeadRows<T>& keys, const HeadRows<T>& values, int64_t key, int64_t low, int64_t high,
+                   int64_t count) {
+    const int64_t from = low > key ? low - key : 0, to = high - key < kBlockKeys ? high - key : kBlockKeys;
+    const int64_t c0 = from / n * n, c1 = round_up(to, n);
+    const auto head_of = [](HeadRows<T> rows, const AttentionStrides& strides, int64_t head) {
+      rows.base += head * strides.head;
+      return rows;
+    };
+    const int64_t k_bytes = in.D * sizeof(T), v_bytes = in.Dv * sizeof(T);
+    Sweep<T> after_keys{keys, values, key, key, k_bytes, v_bytes, in.k_strides, in.v_strides, in.Hk, kBlockKeys, high};
+    Sweep<T> after_values{values, keys, key, key + kBlockKeys, v_bytes, k_bytes, in.v_strides, in.k_strides, in.Hk,
+                          kBlockKeys, high};
+    const Nothing nothing;
+    after_keys.start(c0);
+    const int64_t keys_at_once = count == 1 ? kLanes<float> : kSweptKeys;
+    for (int64_t j = c0; j < to; j += keys_at_once) {
+      const int64_t stop = j + keys_at_once < to ? j + keys_at_once : to;
+      for (int64_t head = 0; head < plan.heads; ++head) {
+        const HeadRows<T> head_keys = head_of(keys, in.k_strides, head);
+        for (int64_t r = 0; r < count; r += kDirectTileRows) {
+          const int64_t at = head * plan.head_rows + r, rows = count - r;
+          const auto scores = [&](auto tile, auto& ahead) {
+            direct_scores<T, decltype(tile)::value>(whole.q + at * whole.q_row, whole.q_row, head_keys, key, j, stop,
+                                                    in.D, whole.s + at * kBlockKeys, kBlockKeys, ahead);
+          };
+          const auto tiles = [&](auto& ahead) {
+            rows == 1 ? scores(Int<1>{}, ahead) : rows == 2 ? scores(Int<2>{}, ahead) : scores(Int<4>{}, ahead);
+          };
+          r == 0 ? tiles(after_keys) : tiles(nothing);
+        }
+      }
+    }
+    C* const weights = kPerWord<C> == 1 ? reinterpret_cast<C*>(whole.s) : reinterpret_cast<C*>(whole.p);
+    for (int64_t head = 0; head < plan.heads; ++head) {
+      const int64_t at = head * plan.head_rows;
+      memory = whole.from(at);
+      weigh(0, static_cast<int>(count), key, c0, c1, key + to, weights + at * kBlockKeys, memory.factors);
+    }
+    float ones[kDirectTileRows];
+    for (int i = 0; i < kDirectTileRows; ++i) ones[i] = 1.0f;
+    after_values.start(from);
+    for (int64_t j = from; j < to;) {
+      const int64_t next = round_up(j + 1, kSweptValues<T>), stop = next < to ? next : to;
+      for (int64_t head = 0; head < plan.heads; ++head) {
+        const HeadRows<T> head_values = head_of(values, in.v_strides, head);
+        for (int64_t r = 0; r < count; r += kDirectTileRows) {
+          const int64_t at = head * plan.head_rows + r;
+          const int rows = static_cast<int>(count - r < kDirectTileRows ? count - r : kDirectTileRows);
+          const auto tiles = [&](auto& ahead) {
+            with_count<kDirectTileRows>(rows, [&](auto tile) {
+              direct_values<T, decltype(tile)::value>(weights + at * kBlockKeys, kBlockKeys, head_values, key, j, stop,
+                                                      in.Dv, whole.acc + at * whole.acc_row, whole.acc_row,
+                                                      j == from ? whole.factors + at : ones, ahead);
+            });
+          };
+          r == 0 ? tiles(after_values) : tiles(nothing);
+        }
+      }
+      j = stop;
+    }
+  }
+
   static float sum_of(const float* total) { return sum<float>(load(total)); }
 
   void finish(const Sequence& seq, const TaskRows& rows, int64_t count) const {
@@ -313,7 +296,8 @@ class FwdTask {
   const AttentionFwdParams& p;
   const AttentionInputs& in;
   const FwdPlan& plan;
-  const FwdMemory<T>& memory;
+  const FwdMemory<T>& whole;
+  FwdMemory<T> memory;  // of the rows at hand
   const bool plain;
   int64_t packed_head = -1;  // whose keys memory has
 };
@@ -354,13 +338,13 @@ void merge_rows(const AttentionFwdParams& p, int64_t begin, int64_t end, const f
 AttentionFwdWork attention_fwd_work(const AttentionFwdParams& p) {
   const FwdPlan plan(p.in);
   AttentionFwdWork work{};
-  work.tasks = p.in.B * p.in.Hk * plan.blocks * plan.splits;
+  work.tasks = p.in.B * (plan.swept ? 1 : p.in.Hk) * plan.blocks * plan.splits;
   with_narrow_type(p.in.dtype, [&](auto t) { work.scratch_bytes = FwdMemory<decltype(t)>(p.in, plan, nullptr).bytes; });
   if (plan.splits > 1) {
-    work.partial_floats = work.tasks * plan.rows * (kStats + p.in.Dv);
+    work.partial_floats = p.in.B * p.in.Hk * plan.blocks * plan.splits * plan.rows * (kStats + p.in.Dv);
     work.merge_rows = p.in.B * p.in.H * p.in.S;
   }
-  work.task_flops = 2 * plan.rows * (plan.splits > 1 ? kSplitKeys : p.in.T) * (p.in.D + p.in.Dv);
+  work.task_flops = 2 * plan.heads * plan.rows * (plan.splits > 1 ? plan.split_keys : p.in.T) * (p.in.D + p.in.Dv);
   return work;
 }
 

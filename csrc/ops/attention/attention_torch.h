@@ -214,6 +214,20 @@ inline at::Tensor dsinks_of(const AttentionCall& call, const at::Tensor& row_max
   return (weights * delta).sum({0, 2}).neg();
 }
 
+// delta from the weights. A gradient in fp32 shows what rounding out to 16 bits does to delta: where one key has most
+// of a row's weight, p * (dp - delta) is a small difference. The sums over all keys of a mask's gradient are
+// sum_j p * dp where delta is 0, so that any backward can make them; it costs two products more than the five.
+template <class Run>
+void delta_of_weights(AttentionBwdParams p, const at::Tensor& delta, const at::Tensor& dlse, Run&& run) {
+  const at::Tensor zeros = at::zeros_like(delta);
+  p.dmask = p.delta;
+  p.delta = zeros.data_ptr<float>(), p.has_delta = true;
+  p.dq = p.dk = p.dv = nullptr;
+  p.dmask_sizes[0] = p.in.B, p.dmask_sizes[1] = p.in.H, p.dmask_sizes[2] = p.in.S, p.dmask_sizes[3] = 1;
+  run(p);
+  if (dlse.defined()) delta.sub_(dlse);
+}
+
 // `run(params)` fills what is wanted and delta. Returns (dq, dk, dv, dmask, dsinks); what is not wanted is empty.
 template <class Run>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_bwd_call(
@@ -262,6 +276,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
     for (int i = 0; i < 4; ++i) p.dmask_sizes[i] = to_mask.size(i);
   }
   if (top.numel() > 0 && p.in.k_rows > 0) {
+    if (p.dmask != nullptr && p.in.mask_kind == MaskKind::kFloat32) {
+      delta_of_weights(p, delta, dlse_rows, run);
+      p.has_delta = true;
+    }
     run(p);
   } else {  // no scores: nothing depends on anything
     for (const at::Tensor& each : {to_q, to_k, to_v}) each.zero_();

@@ -55,7 +55,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
         const int64_t dq = cuda::attention_dq_blocks(p.in, plan), dkv = cuda::attention_dkv_blocks(p.in, plan);
         const int64_t dmask = p.dmask != nullptr ? cuda::attention_dmask_blocks(p, plan) : 0;
         check_sizes(op, p.in, std::max({dq, dkv, dmask, p.in.B * p.in.H * p.in.q_rows}));
-        check_cuda(op, cuda::attention_bwd_delta(p, plan, call.stream));
+        if (!p.has_delta) check_cuda(op, cuda::attention_bwd_delta(p, plan, call.stream));
         if (p.dq != nullptr && dq > 0) check_cuda(op, cuda::attention_bwd_dq(p, plan, call.stream));
         if ((p.dk != nullptr || p.dv != nullptr) && dkv > 0) {
           check_cuda(op, cuda::attention_bwd_dkv(p, plan, call.stream));

@@ -12,6 +12,9 @@ from llmkernels._dtypes import FLOAT_DTYPES, dtype_error
 from llmkernels.ops.attention.reference import Options
 
 CAUSAL = (None, "top_left", "bottom_right")
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+INTEGERS = (int, torch.SymInt, Tensor)  # what the schema of an op takes for one
+LONGEST = 2**31 - 1  # of a sequence: positions are int32 in some kernels
 
 
 def options(op: str, head_dim: int, *, scale, is_causal, causal, window, softcap, dropout_p) -> Options:
@@ -25,13 +28,17 @@ def options(op: str, head_dim: int, *, scale, is_causal, causal, window, softcap
     left, right = _window(op, window)
     if causal is not None:
         right = 0
-    if not (isinstance(softcap, (int, float)) and 0.0 <= softcap < math.inf):
-        raise ValueError(f"{op}: softcap is {softcap}, expected 0 (off) or a positive number")
-    if not 0.0 <= dropout_p <= 1.0:
+    if not (isinstance(softcap, (int, float)) and (softcap == 0.0 or SMALLEST <= softcap <= LARGEST)):
+        raise ValueError(f"{op}: softcap is {softcap}, expected 0 (off) or a positive number within the range of fp32")
+    if not (isinstance(dropout_p, (int, float)) and 0.0 <= dropout_p <= 1.0):
         raise ValueError(f"{op}: dropout_p is {dropout_p}, expected a probability between 0 and 1")
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim) if head_dim > 0 else 1.0
-    return Options(float(scale), left, right, causal == "top_left", float(softcap), float(dropout_p))
+    try:
+        scale = float(scale)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: scale is {scale!r}, expected a number or None") from None
+    return Options(scale, left, right, causal == "top_left", float(softcap), float(dropout_p))
 
 
 def _window(op: str, window: Sequence[int] | None) -> tuple[int, int]:
@@ -40,7 +47,8 @@ def _window(op: str, window: Sequence[int] | None) -> tuple[int, int]:
     is_pair = isinstance(window, Sequence) and len(window) == 2
     if not is_pair or not all(isinstance(entry, int) and entry >= -1 for entry in window):
         raise ValueError(f"{op}: window is {window}, expected (left, right), numbers of keys of which -1 means all")
-    return window[0], window[1]
+    left, right = window
+    return left if left < LONGEST else -1, right if right < LONGEST else -1
 
 
 def check_tensor(op: str, name: str, tensor: Tensor, query: Tensor, dtype: torch.dtype | None) -> None:
@@ -68,7 +76,7 @@ def check_heads(op: str, heads: int, key_heads: int, value_heads: int, *, groupe
     if grouped:
         if value_heads != key_heads:
             raise ValueError(f"{op}: value has {value_heads} heads, expected {key_heads}, as many as key")
-        if key_heads == 0 or heads % key_heads:
+        if heads != key_heads and (key_heads == 0 or heads % key_heads):
             raise ValueError(f"{op}: query has {heads} heads, expected a multiple of {key_heads}, the number of key's")
     elif len({heads, key_heads, value_heads} - {1}) > 1:
         raise ValueError(
@@ -103,6 +111,8 @@ def values_are_checked(tensor: Tensor) -> bool:
 def cu_seqlens(op: str, name: str, ends: Tensor, query: Tensor, total: int, longest: int, longest_name: str) -> None:
     """[sequences + 1] int32: starts at 0, never falls, ends at `total`; no sequence is longer than `longest`."""
     check_tensor(op, name, ends, query, torch.int32)
+    if not isinstance(longest, INTEGERS) or (isinstance(longest, int) and not 0 <= longest <= LONGEST):
+        raise ValueError(f"{op}: {longest_name} is {longest!r}, expected the rows of the longest sequence")
     if ends.dim() != 1 or ends.shape[0] < 1:
         raise ValueError(f"{op}: {name} has shape {tuple(ends.shape)}, expected (sequences + 1,)")
     if not values_are_checked(ends):

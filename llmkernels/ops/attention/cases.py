@@ -405,6 +405,10 @@ def _sdpa_cases(dtype: torch.dtype) -> list[AttentionCase]:
     cases += [make(mask="bool", mask_shape=shape) for shape in ("BHST", "BT", "ST", "")]
     cases += [make(mask="additive", mask_shape=shape) for shape in ("BHST", "HST", "BT", "BS")]
     cases += [make(mask="additive_fp32", mask_shape="ST"), make(mask="holes"), make(mask="finfo_min", mask_shape="BST")]
+    # Of 16-bit inputs this gradient has more digits than out, from which delta is usually made.
+    precise = {"mask": "additive_fp32", "name": "mask_additive_fp32", "Hk": 2}
+    cases += [make(S=50, T=60, window=(30, 20), mask_shape=shape, **precise) for shape in ("BHST", "HST")]
+    cases += [make(S=20, T=50, dropout=0.2, softcap=5.0, sinks=True, **precise), make(S=5, T=1, **precise)]
     cases += [make(mask="infinite", mask_shape="HST"), make(dropout=0.3), make(dropout=0.3, Hk=2, causal="top_left")]
     cases += [make(data="large"), make(D=24, S=20, T=20, name="head_dim"), make(D=7, Dv=5, S=9, T=9, name="head_dim")]
     cases.append(make(S=40, T=70, Hk=2, Dv=32, causal="bottom_right", window=(20, 4), softcap=8.0, alibi=True,

@@ -56,6 +56,10 @@ def _check_tensors(query, k_cache, v_cache, k, v, block_table) -> None:
         count = shapes[3][1]
         _expect("k", shapes[3], (batch, count, key_heads, head_dim), "what fits query and k_cache")
         _expect("v", shapes[4], (batch, count, key_heads, value_dim), "what fits k and v_cache")
+        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            steps = cache.stride()
+            if 0 in steps and any(size > 1 and step == 0 for size, step in zip(cache.shape, steps, strict=True)):
+                raise ValueError(f"{OP}: {name} has strides {steps}, expected memory of its own for each element")
 
 
 def _check_lengths(cache_seqlens, query: Tensor, appended: int | None, capacity: int) -> list[int] | None:
@@ -129,6 +133,7 @@ def attention_kvcache(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention to a cache of keys and values: decoding, and prefill in chunks. Forward only.
@@ -151,7 +156,7 @@ def attention_kvcache(
             with `causal` or a `window`, at cache_seqlens without. Pairs are (j, j + R/2), interleaved (2j, 2j + 1).
         causal, window, alibi_slopes: as scaled_dot_product_attention's, for each sequence by its length after the
             append: "bottom_right" lets query i see the keys up to length - S + i. alibi_slopes `[H]` or `[B, H]`.
-        scale, softcap, sinks, return_lse, backend: as scaled_dot_product_attention's.
+        scale, softcap, sinks, return_lse, deterministic, backend: as scaled_dot_product_attention's.
     Returns: `[B, S, H, Dv]`, or (that, lse `[B, H, S]`).
     Raises, before anything is written: ValueError or TypeError, shapes, devices, dtypes or options disagree, an input
         requires a gradient, a length or page is out of range or the cache is too small (values are looked at on the
@@ -240,6 +245,6 @@ _op.define_public(
     "(Tensor query, Tensor(a!) k_cache, Tensor(b!) v_cache, *, Tensor? k=None, Tensor? v=None,"
     " Tensor? cache_seqlens=None, Tensor? block_table=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None,"
     " bool rotary_interleaved=False, float? scale=None, str? causal=None, int[]? window=None, float softcap=0.0,"
-    " Tensor? alibi_slopes=None, Tensor? sinks=None) -> (Tensor out, Tensor lse)",
+    " Tensor? alibi_slopes=None, Tensor? sinks=None, bool? deterministic=None) -> (Tensor out, Tensor lse)",
     _public,
 )

@@ -45,7 +45,7 @@ class Options(NamedTuple):
 
 def _grouped(x: Tensor, heads: int) -> Tensor:
     """[B, H, ...] as [B, heads, H / heads, ...]."""
-    return x.unflatten(1, (heads, x.shape[1] // heads))
+    return x.unflatten(1, (heads, x.shape[1] // max(heads, 1)))
 
 
 def _shared(x: Tensor, y: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class _Part:
     def numbers(self, first: int, count: int) -> Tensor:
         """Dropout's numbers of the rows first .. first + count: [B, Hk, G, count, 1]."""
         batch, heads = self.q.shape[:2]
-        head = torch.arange(batch * heads, device=self.q.device).view(batch, self.heads, heads // self.heads)
+        head = torch.arange(batch * heads, device=self.q.device).view(batch, self.heads, heads // max(self.heads, 1))
         row = torch.arange(self.base + first, self.base + first + count, device=self.q.device)
         return head[..., None, None] * self.row_count + row[:, None]
 
@@ -255,7 +255,7 @@ def cached_keys(cache: Tensor, b: int, length: int, block_table: Tensor | None) 
     """The first `length` rows of sequence `b` of a cache `[B, Hk, T, D]`, or paged `[pages, Hk, page_size, D]`."""
     if block_table is None:
         return cache[b : b + 1, :, :length]
-    page_size = cache.shape[2]
+    page_size = max(cache.shape[2], 1)  # of pages without room nobody has keys
     pages = cache[block_table[b, : -(-length // page_size)].long()]
     return pages.transpose(0, 1).flatten(1, 2)[None, :, :length]
 

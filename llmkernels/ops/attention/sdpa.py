@@ -32,18 +32,17 @@ def _four_dimensions(tensor: Tensor, leading: torch.Size) -> Tensor:
     return tensor.expand(*leading, *tensor.shape[-3:]).reshape(-1, *tensor.shape[-3:])
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, *, grouped: bool) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() < (3 if grouped else 2):
-            raise ValueError(f"{OP}: {name} has shape {tuple(tensor.shape)}, expected (..., heads, length, head_dim)")
-    if key.shape[-1] != query.shape[-1]:
+def _check_shapes(query: torch.Size, key: torch.Size, value: torch.Size, *, grouped: bool) -> None:
+    if min(len(query), len(key), len(value)) < (3 if grouped else 2):
+        shapes = {"query": query, "key": key, "value": value}
+        name = min(shapes, key=lambda name: len(shapes[name]))
+        raise ValueError(f"{OP}: {name} has shape {tuple(shapes[name])}, expected (..., heads, length, head_dim)")
+    if key[-1] != query[-1]:
         raise ValueError(
-            f"{OP}: key has shape {tuple(key.shape)}, expected a last dimension of {query.shape[-1]}, the one of query"
+            f"{OP}: key has shape {tuple(key)}, expected a last dimension of {query[-1]}, the one of query"
         )
-    if value.shape[-2] != key.shape[-2]:
-        raise ValueError(
-            f"{OP}: value has shape {tuple(value.shape)}, expected {key.shape[-2]} rows, the number of keys"
-        )
+    if value[-2] != key[-2]:
+        raise ValueError(f"{OP}: value has shape {tuple(value)}, expected {key[-2]} rows, the number of keys")
 
 
 def _heads(tensor: Tensor) -> int:
@@ -58,21 +57,16 @@ def _as_many_heads(key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tens
     return tuple(tensor.repeat_interleave(common // _heads(tensor), -3) for tensor in (key, value))
 
 
-def _broadcast_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _broadcast_heads(tensors: tuple[Tensor, ...], heads: tuple[int, ...]) -> tuple[Tensor, ...]:
     """query, key and value with a single head expanded where needed: torch broadcasts heads as it does batches. Key and
     value stay as they are where both have one, which all the query heads share."""
-    heads = [_heads(tensor) for tensor in tensors]
     most = max(heads)
-    if heads[0] == most and heads[1] == heads[2]:
-        return tensors
     expanded = lambda tensor: tensor.expand(*tensor.shape[:-3], most, *tensor.shape[-2:])
     return tuple(expanded(tensor) if of == 1 else tensor for tensor, of in zip(tensors, heads, strict=True))
 
 
-def _mask(mask: Tensor | None, query: Tensor, shape: tuple[int, ...], leading: torch.Size) -> Tensor | None:
+def _mask(mask: Tensor, query: Tensor, shape: tuple[int, ...], leading: torch.Size) -> Tensor:
     """`mask` as four dimensions, each 1 or that of the scores. `shape`: (heads, S, T)."""
-    if mask is None:
-        return None
     if mask.dtype not in (torch.bool, query.dtype, torch.float32):
         raise TypeError(f"{OP}: attn_mask has dtype {mask.dtype}, expected bool, {query.dtype} or float32")
     arguments.check_tensor(OP, "attn_mask", mask, query, None)
@@ -147,30 +141,53 @@ def scaled_dot_product_attention(
     """
     query, key, value, attn_mask = autocast(query, key, value, attn_mask)
     arguments.check_dtypes(OP, query, key=key, value=value)
-    _check_shapes(query, key, value, grouped=enable_gqa)
+    shapes = query.shape, key.shape, value.shape
+    _check_shapes(*shapes, grouped=enable_gqa)
+    # The usual call is told from others once: its time would be the time of such questions.
+    as_given = len(shapes[0]) == len(shapes[1]) == len(shapes[2]) == 4 and (
+        shapes[0][0] == shapes[1][0] == shapes[2][0]
+    )
     options = arguments.options(
-        OP, query.shape[-1], scale=scale, is_causal=is_causal, causal=causal, window=window, softcap=softcap,
+        OP, shapes[0][-1], scale=scale, is_causal=is_causal, causal=causal, window=window, softcap=softcap,
         dropout_p=dropout_p,
     )  # fmt: skip
-    leading = _leading(query, key, value)
+    leading = shapes[0][:1] if as_given else _leading(query, key, value)
     if enable_gqa and _heads(key) != _heads(value):
         key, value = _as_many_heads(key, value, _heads(query))
-    arguments.check_heads(OP, _heads(query), _heads(key), _heads(value), grouped=enable_gqa)
-    query, key, value = _broadcast_heads(query, key, value)
+    of_each = _heads(query), _heads(key), _heads(value)
+    arguments.check_heads(OP, *of_each, grouped=enable_gqa)
+    if of_each[0] < of_each[1] or of_each[1] != of_each[2]:
+        query, key, value = _broadcast_heads((query, key, value), of_each)
     heads = _heads(query)
-    arguments.head_vector(OP, "alibi_slopes", alibi_slopes, query, heads, leading.numel())
-    arguments.head_vector(OP, "sinks", sinks, query, heads, None)
-    mask = _mask(attn_mask, query, (heads, query.shape[-2], key.shape[-2]), leading)
-    ranks = {query.dim(), key.dim(), value.dim()}
-    as_given = ranks == {4} and query.shape[0] == key.shape[0] == value.shape[0]
+    if alibi_slopes is not None:
+        arguments.head_vector(OP, "alibi_slopes", alibi_slopes, query, heads, leading.numel())
+    if sinks is not None:
+        arguments.head_vector(OP, "sinks", sinks, query, heads, None)
+    mask = None
+    if attn_mask is not None:
+        mask = _mask(attn_mask, query, (heads, shapes[0][-2], shapes[1][-2]), leading)
     q, k, v = (query, key, value) if as_given else (_four_dimensions(x, leading) for x in (query, key, value))
     seed = _random.draw_seed(q.device) if options.dropout_p > 0.0 else None
     result = attend(
-        OP, q, k, v, mask, alibi_slopes, sinks, seed, None, None, q.shape[2], k.shape[2], options, return_lse, backend
+        OP,
+        q,
+        k,
+        v,
+        mask,
+        alibi_slopes,
+        sinks,
+        seed,
+        None,
+        None,
+        shapes[0][-2],
+        shapes[1][-2],
+        options,
+        return_lse,
+        backend,
     )
     if as_given:
         return result
-    shape = (*leading, heads) if max(ranks) > 2 else ()
+    shape = (*leading, heads) if max(map(len, shapes)) > 2 else ()
     out = lambda tensor: tensor.reshape(*shape, *tensor.shape[2:])
     return (out(result[0]), out(result[1])) if return_lse else out(result)
 

@@ -5,7 +5,7 @@ keys, triton_dmask.py dmask by blocks of the mask. Scores are computed again in 
 import triton
 import triton.language as tl
 
-from llmkernels._triton import cast, dot, kept, wide
+from llmkernels._triton import cast, dot, kept, load_block, wide
 from llmkernels.ops.attention.triton_common import (
     edge_block,
     finite,
@@ -80,17 +80,23 @@ def gradients(products, dweights, first_row, first_col, row_lanes, col_lanes, to
 
 
 @triton.jit
-def _dq_step(block, q, dout, k_ptr, v_ptr, dq, first_row, top, log_sum, delta, numbers, mask_ptr, mask_row, slope,
-             seed_ptr, threshold, k_row, v_row, shift, q_len, k_len, window_left, window_right, scale, softcap,
-             softcap_inverse, keep_inverse,
+def _dq_step(block, q, dout, k_ptr, v_ptr, k_desc, v_desc, batch, key_head, dq, first_row, top, log_sum, delta, numbers,
+             mask_ptr, mask_row, slope, seed_ptr, threshold, k_row, v_row, shift, q_len, k_len, window_left,
+             window_right, scale, softcap, softcap_inverse, keep_inverse,
              D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
              MASK_COL: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr,
              RIGHT: tl.constexpr,
              EDGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """dq, without its factor `scale`, after one block of keys."""
     first_col = block * BLOCK_N
-    k = load_tile(k_ptr + wide(first_col) * k_row, k_len - first_col, k_row, BLOCK_N, D, D_PAD, EDGE)
-    v = load_tile(v_ptr + wide(first_col) * v_row, k_len - first_col, v_row, BLOCK_N, DV, DV_PAD, EDGE)
+    if k_desc is None:
+        k = load_tile(k_ptr + wide(first_col) * k_row, k_len - first_col, k_row, BLOCK_N, D, D_PAD, EDGE)
+    else:
+        k = load_block(k_desc, batch, key_head, first_col, BLOCK_N, D_PAD)
+    if v_desc is None:
+        v = load_tile(v_ptr + wide(first_col) * v_row, k_len - first_col, v_row, BLOCK_N, DV, DV_PAD, EDGE)
+    else:
+        v = load_block(v_desc, batch, key_head, first_col, BLOCK_N, DV_PAD)
     products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     dweights = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     _, _, dproducts = gradients(
@@ -109,6 +115,8 @@ def _attention_dq_kernel(
     q_ptr,  # [B, H, S, D] T; for all of these see triton_fwd.py
     k_ptr,
     v_ptr,
+    k_desc,
+    v_desc,
     mask_ptr,
     slopes_ptr,
     seed_ptr,
@@ -180,8 +188,9 @@ def _attention_dq_kernel(
     slope = head_value(slopes_ptr, batch, slope_batch, head)
     if mask_ptr is not None:
         mask_ptr += batch * mask_batch + head * mask_head
-    k_ptr += batch * k_batch + (head // group) * k_head + start_k * k_row
-    v_ptr += batch * v_batch + (head // group) * v_head + start_k * v_row
+    key_head = head // group
+    k_ptr += batch * k_batch + key_head * k_head + start_k * k_row
+    v_ptr += batch * v_batch + key_head * v_head + start_k * v_row
     q_ptr += batch * q_batch + head * q_head + (start_q + first_row) * q_row
     dout_ptr += batch * dout_batch + head * dout_head + (start_q + first_row) * dout_row
     q = load_tile(q_ptr, q_len - first_row, q_row, BLOCK_M, D, D_PAD, True)
@@ -197,16 +206,16 @@ def _attention_dq_kernel(
     last_whole = tl.where(count == BLOCK_M, last_whole, first_whole)
     for index in tl.range(first_whole, last_whole, num_stages=STAGES):
         dq = _dq_step(
-            index, q, dout, k_ptr, v_ptr, dq, first_row, top, log_sum, delta, numbers, mask_ptr, mask_row, slope,
-            seed_ptr, threshold, k_row, v_row, shift, q_len, k_len, window_left, window_right, scale, softcap,
-            softcap_inverse, keep_inverse, D, DV, D_PAD, DV_PAD, MASK_COL, slopes_ptr is not None, SOFTCAP, LEFT, RIGHT,
-            False, BLOCK_M, BLOCK_N)  # fmt: skip
+            index, q, dout, k_ptr, v_ptr, k_desc, v_desc, batch, key_head, dq, first_row, top, log_sum, delta, numbers,
+            mask_ptr, mask_row, slope, seed_ptr, threshold, k_row, v_row, shift, q_len, k_len, window_left,
+            window_right, scale, softcap, softcap_inverse, keep_inverse, D, DV, D_PAD, DV_PAD, MASK_COL,
+            slopes_ptr is not None, SOFTCAP, LEFT, RIGHT, False, BLOCK_M, BLOCK_N)  # fmt: skip
     for index in tl.range(0, (first_whole - first) + (last - last_whole), num_stages=STAGES):
         dq = _dq_step(
-            edge_block(index, first, first_whole, last_whole), q, dout, k_ptr, v_ptr, dq, first_row, top, log_sum,
-            delta,
-            numbers, mask_ptr, mask_row, slope, seed_ptr, threshold, k_row, v_row, shift, q_len, k_len,
-            window_left, window_right, scale, softcap, softcap_inverse, keep_inverse, D, DV, D_PAD, DV_PAD,
-            MASK_COL, slopes_ptr is not None, SOFTCAP, LEFT, RIGHT, True, BLOCK_M, BLOCK_N)  # fmt: skip
+            edge_block(index, first, first_whole, last_whole), q, dout, k_ptr, v_ptr, k_desc, v_desc, batch, key_head,
+            dq, first_row, top, log_sum, delta, numbers, mask_ptr, mask_row, slope, seed_ptr, threshold, k_row, v_row,
+            shift, q_len, k_len, window_left, window_right, scale, softcap, softcap_inverse, keep_inverse, D, DV,
+            D_PAD, DV_PAD, MASK_COL, slopes_ptr is not None, SOFTCAP, LEFT, RIGHT, True, BLOCK_M,
+            BLOCK_N)  # fmt: skip
     dq_ptr += batch * dq_batch + head * dq_head + (start_q + first_row) * dq_row
     store_tile(dq_ptr, dq * scale, q_len - first_row, dq_row, BLOCK_M, D, D_PAD)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llmkernels._triton import cast, dot, wide
+from llmkernels._triton import cast, dot, load_block, wide
 from llmkernels.ops.attention.triton_bwd import gradients
 from llmkernels.ops.attention.triton_common import (
     finite,
@@ -21,9 +21,9 @@ _SIZES = ["blocks", "heads", "group", "q_rows", "k_rows", "window_left", "window
 
 
 @triton.jit
-def _step(block, k, v, q_ptr, dout_ptr, dk, dv, first_col, row_max_ptr, log_sum_ptr, delta_ptr, stat, mask_ptr,
-          mask_row, slope, seed_ptr, threshold, q_row, dout_row, shift, q_len, k_len, window_left, window_right, scale,
-          softcap, softcap_inverse, keep_inverse,
+def _step(block, k, v, q_ptr, dout_ptr, q_desc, dout_desc, batch, head, dk, dv, first_col, row_max_ptr, log_sum_ptr,
+          delta_ptr, stat, mask_ptr, mask_row, slope, seed_ptr, threshold, q_row, dout_row, shift, q_len, k_len,
+          window_left, window_right, scale, softcap, softcap_inverse, keep_inverse,
           D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, MASK_COL: tl.constexpr,
           ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
@@ -31,8 +31,14 @@ def _step(block, k, v, q_ptr, dout_ptr, dk, dv, first_col, row_max_ptr, log_sum_
     are the first operand of the next product as they stand in registers."""
     first_row = block * BLOCK_M
     count = q_len - first_row
-    q = load_tile(q_ptr + wide(first_row) * q_row, count, q_row, BLOCK_M, D, D_PAD, True)
-    dout = load_tile(dout_ptr + wide(first_row) * dout_row, count, dout_row, BLOCK_M, DV, DV_PAD, True)
+    if q_desc is None:
+        q = load_tile(q_ptr + wide(first_row) * q_row, count, q_row, BLOCK_M, D, D_PAD, True)
+    else:
+        q = load_block(q_desc, batch, head, first_row, BLOCK_M, D_PAD)
+    if dout_desc is None:
+        dout = load_tile(dout_ptr + wide(first_row) * dout_row, count, dout_row, BLOCK_M, DV, DV_PAD, True)
+    else:
+        dout = load_block(dout_desc, batch, head, first_row, BLOCK_M, DV_PAD)
     stat += first_row
     top = finite(load_stats(row_max_ptr + stat, count, BLOCK_M, True))
     log_sum = load_stats(log_sum_ptr + stat, count, BLOCK_M, True)
@@ -54,6 +60,8 @@ def _attention_dkv_kernel(
     q_ptr,  # [B, H, S, D] T; for all of these see triton_fwd.py
     k_ptr,
     v_ptr,
+    q_desc,  # descriptors of q and dout; None: tiles are read by pointers
+    dout_desc,
     mask_ptr,
     slopes_ptr,
     seed_ptr,
@@ -139,8 +147,9 @@ def _attention_dkv_kernel(
             head_mask = mask_ptr + batch * mask_batch + head * mask_head
         dk, dv = _step(
             block, k, v, q_ptr + batch * q_batch + head * q_head + start_q * q_row,
-            dout_ptr + batch * dout_batch + head * dout_head + start_q * dout_row, dk, dv, first_col, row_max_ptr,
-            log_sum_ptr, delta_ptr, first_stat(batch, head, heads, start_q, q_rows, ends_q_ptr), head_mask, mask_row,
+            dout_ptr + batch * dout_batch + head * dout_head + start_q * dout_row, q_desc, dout_desc, batch, head,
+            dk, dv, first_col, row_max_ptr, log_sum_ptr, delta_ptr,
+            first_stat(batch, head, heads, start_q, q_rows, ends_q_ptr), head_mask, mask_row,
             head_value(slopes_ptr, batch, slope_batch, head), seed_ptr, threshold, q_row, dout_row, shift, q_len,
             k_len, window_left, window_right, scale, softcap, softcap_inverse, keep_inverse, D, DV, D_PAD, DV_PAD,
             MASK_COL, slopes_ptr is not None, SOFTCAP, LEFT, RIGHT, BLOCK_M, BLOCK_N)  # fmt: skip

@@ -1,12 +1,13 @@
 """The forward of attention in Triton: a program has a block of queries of one head and runs over the keys they see.
 
 The online softmax of FlashAttention-2 (Dao 2023, arXiv:2307.08691): largest score, sum and product of the keys so far.
+Keys and values come by pointers or, from Hopper on, by descriptors: then one thread asks the hardware for a tile.
 """
 
 import triton
 import triton.language as tl
 
-from llmkernels._triton import cast, dot, kept, wide
+from llmkernels._triton import cast, dot, kept, load_block, wide
 from llmkernels.ops.attention.triton_common import (
     edge_block,
     finite,
@@ -50,9 +51,9 @@ def with_sink(row_max, total, acc, sink):
 
 
 @triton.jit
-def _step(block, q, k_ptr, v_ptr, row_max, total, acc, first_row, numbers, mask_ptr, mask_row, slope,
-          seed_ptr, threshold, k_row, v_row, shift, q_len, k_len, window_left, window_right, scale, softcap,
-          softcap_inverse,
+def _step(block, q, k_ptr, v_ptr, k_desc, v_desc, batch, key_head, row_max, total, acc, first_row, numbers, mask_ptr,
+          mask_row, slope, seed_ptr, threshold, k_row, v_row, shift, q_len, k_len, window_left, window_right, scale,
+          softcap, softcap_inverse,
           D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
           MASK_COL: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
           EDGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
@@ -60,7 +61,10 @@ def _step(block, q, k_ptr, v_ptr, row_max, total, acc, first_row, numbers, mask_
     first_col = block * BLOCK_N
     row_lanes = tl.arange(0, BLOCK_M)[:, None]
     col_lanes = tl.arange(0, BLOCK_N)[None, :]
-    k = load_tile(k_ptr + wide(first_col) * k_row, k_len - first_col, k_row, BLOCK_N, D, D_PAD, EDGE)
+    if k_desc is None:
+        k = load_tile(k_ptr + wide(first_col) * k_row, k_len - first_col, k_row, BLOCK_N, D, D_PAD, EDGE)
+    else:
+        k = load_block(k_desc, batch, key_head, first_col, BLOCK_N, D_PAD)
     products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     s, _ = scores(products, first_row, first_col, row_lanes, col_lanes, mask_ptr, mask_row, slope, shift,
                   q_len, k_len, window_left, window_right, scale, softcap, softcap_inverse,
@@ -68,7 +72,10 @@ def _step(block, q, k_ptr, v_ptr, row_max, total, acc, first_row, numbers, mask_
     weights, row_max, total, acc = online_softmax(s, row_max, total, acc)
     if seed_ptr is not None:
         weights = tl.where(kept(seed_ptr, numbers[:, None], first_col + col_lanes, threshold), weights, 0.0)
-    v = load_tile(v_ptr + wide(first_col) * v_row, k_len - first_col, v_row, BLOCK_N, DV, DV_PAD, EDGE)
+    if v_desc is None:
+        v = load_tile(v_ptr + wide(first_col) * v_row, k_len - first_col, v_row, BLOCK_N, DV, DV_PAD, EDGE)
+    else:
+        v = load_block(v_desc, batch, key_head, first_col, BLOCK_N, DV_PAD)
     return row_max, total, dot(cast(weights, v.dtype), v, acc)
 
 
@@ -80,6 +87,8 @@ def _attention_fwd_kernel(
     q_ptr,  # [B, H, S, D] T
     k_ptr,  # [B, Hk, T, D] T
     v_ptr,  # [B, Hk, T, DV] T
+    k_desc,  # descriptors of keys and values; None: tiles are read by pointers
+    v_desc,
     mask_ptr,  # [B, H, S, T] T or fp32, added, or uint8
     slopes_ptr,  # [B, H], any float
     sinks_ptr,  # [H], any float
@@ -146,8 +155,9 @@ def _attention_fwd_kernel(
     slope = head_value(slopes_ptr, batch, slope_batch, head)
     if mask_ptr is not None:
         mask_ptr += batch * mask_batch + head * mask_head
-    k_ptr += batch * k_batch + (head // group) * k_head + start_k * k_row
-    v_ptr += batch * v_batch + (head // group) * v_head + start_k * v_row
+    key_head = head // group
+    k_ptr += batch * k_batch + key_head * k_head + start_k * k_row
+    v_ptr += batch * v_batch + key_head * v_head + start_k * v_row
     q_ptr += batch * q_batch + head * q_head + (start_q + first_row) * q_row
     q = load_tile(q_ptr, q_len - first_row, q_row, BLOCK_M, D, D_PAD, True)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -160,15 +170,15 @@ def _attention_fwd_kernel(
     last_whole = tl.where(count == BLOCK_M, last_whole, first_whole)
     for index in tl.range(first_whole, last_whole, num_stages=STAGES):
         row_max, total, acc = _step(
-            index, q, k_ptr, v_ptr, row_max, total, acc, first_row, numbers, mask_ptr, mask_row, slope,
-            seed_ptr, threshold, k_row, v_row, shift, q_len, k_len, window_left, window_right, scale, softcap,
-            softcap_inverse, D, DV, D_PAD, DV_PAD, MASK_COL, slopes_ptr is not None, SOFTCAP, LEFT, RIGHT, False,
-            BLOCK_M, BLOCK_N)  # fmt: skip
+            index, q, k_ptr, v_ptr, k_desc, v_desc, batch, key_head, row_max, total, acc, first_row, numbers, mask_ptr,
+            mask_row, slope, seed_ptr, threshold, k_row, v_row, shift, q_len, k_len, window_left, window_right, scale,
+            softcap, softcap_inverse, D, DV, D_PAD, DV_PAD, MASK_COL, slopes_ptr is not None, SOFTCAP, LEFT, RIGHT,
+            False, BLOCK_M, BLOCK_N)  # fmt: skip
     for index in tl.range(0, (first_whole - first) + (last - last_whole), num_stages=STAGES):
         row_max, total, acc = _step(
-            edge_block(index, first, first_whole, last_whole), q, k_ptr, v_ptr, row_max, total, acc, first_row, numbers,
-            mask_ptr, mask_row, slope, seed_ptr, threshold, k_row, v_row, shift, q_len, k_len,
-            window_left, window_right, scale, softcap, softcap_inverse, D, DV, D_PAD, DV_PAD,
+            edge_block(index, first, first_whole, last_whole), q, k_ptr, v_ptr, k_desc, v_desc, batch, key_head,
+            row_max, total, acc, first_row, numbers, mask_ptr, mask_row, slope, seed_ptr, threshold, k_row, v_row,
+            shift, q_len, k_len, window_left, window_right, scale, softcap, softcap_inverse, D, DV, D_PAD, DV_PAD,
             MASK_COL, slopes_ptr is not None, SOFTCAP, LEFT, RIGHT, True, BLOCK_M, BLOCK_N)  # fmt: skip
     if sinks_ptr is not None:
         row_max, total, acc = with_sink(row_max, total, acc, head_value(sinks_ptr, batch, 0, head))

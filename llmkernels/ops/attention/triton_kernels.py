@@ -1,5 +1,7 @@
 """Attention in Triton: the launchers, with the signatures of the raw ops, and what tests compile ahead of time."""
 
+import itertools
+
 from llmkernels.ops.attention.triton_bwd import _attention_delta_kernel, _attention_dq_kernel
 from llmkernels.ops.attention.triton_dkv import _attention_dkv_kernel
 from llmkernels.ops.attention.triton_dmask import _attention_dmask_kernel
@@ -56,13 +58,28 @@ def _options(which: str) -> dict:
     return constants
 
 
+_DESCRIPTORS = ("k_desc", "v_desc", "q_desc", "dout_desc")
+_WITH_TMA = (90, 100)
+
+
 def _kernel_configuration(name: str, dim: int, data: str, which: str):
     block_m, block_n, warps, stages = tiles(name, dim, 4 if data == "fp32" else 2, which == "everything")
-    constants = _options("everything" if name == "dmask" else which)
+    constants = _options("everything" if name == "dmask" else which) | dict.fromkeys(_DESCRIPTORS)
     constants |= {"D": dim, "DV": dim, "D_PAD": dim, "DV_PAD": dim, "BLOCK_M": block_m, "BLOCK_N": block_n}
     constants |= {"STAGES": stages, "SUM_ROWS": dim == 64, "SUM_COLS": dim == 128}
     mask = "*u8" if dim == 128 and name != "dmask" else data
     return _configuration(_KERNELS[name], constants, warps, data, mask)
+
+
+def _described_configuration(name: str, dim: int, data: str, which: str):
+    """The same with descriptors of what comes by in blocks: keys and values, or queries and dout."""
+    kernel, types, constants, warps = _kernel_configuration(name, dim, data, which)
+    given = iter(types)
+    rows = constants["BLOCK_M" if name == "dkv" else "BLOCK_N"]
+    types = [f"tensordesc<{data}[1,1,{rows},{dim}]>" if name in _DESCRIPTORS else next(given)
+             for name in kernel.arg_names if name in _DESCRIPTORS or name not in constants]  # fmt: skip
+    constants = {name: value for name, value in constants.items() if name not in _DESCRIPTORS}
+    return kernel, types, constants, warps, _WITH_TMA
 
 
 def _kvcache_configuration(dim: int, data: str, count: int, page: int, split: bool):
@@ -88,6 +105,9 @@ def configurations():
     for name in ("fwd", "dq", "dkv"):
         yield _kernel_configuration(name, 64, "bf16", "packed")
         yield _kernel_configuration(name, 128, "bf16", "causal")
+    for name, which in itertools.product(("fwd", "dq", "dkv"), ("causal", "everything")):
+        yield _described_configuration(name, 64, "bf16", which)
+        yield _described_configuration(name, 128, "fp16", which)
     constants = {"DV": 512, "DV_PAD": 512, "BLOCK_M": DELTA_ROWS}
     yield _configuration(_attention_delta_kernel, constants, 4, "bf16", "")
     yield _kvcache_configuration(64, "bf16", 1, 16, True)

@@ -5,6 +5,7 @@ import triton
 from torch import Tensor
 
 from llmkernels import _random
+from llmkernels._triton import described
 from llmkernels.ops.attention.reference import empty_out
 from llmkernels.ops.attention.triton_bwd import _attention_delta_kernel, _attention_dq_kernel
 from llmkernels.ops.attention.triton_dkv import _attention_dkv_kernel
@@ -85,7 +86,7 @@ class _Call:
 
     def __init__(self, q, k, v, mask, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
                  scale, window_left, window_right, top_left, softcap, dropout_p):  # fmt: skip
-        q, k, v = rows(q), rows(k), rows(v)
+        self.q, self.k, self.v = q, k, v = rows(q), rows(k), rows(v)
         self.dtype, self.heads, self.key_heads = q.dtype, q.shape[1], k.shape[1]
         q_rows, k_rows = q.shape[2], k.shape[2]
         self.packed = cu_seqlens_q is not None
@@ -95,7 +96,6 @@ class _Call:
         self.dims = head_dims(k, v)
         self.pad = max(self.dims["D_PAD"], self.dims["DV_PAD"])
         self.options = mask is not None or alibi_slopes is not None or seed is not None or softcap > 0.0
-        self.mask_sizes = None if mask is None else mask.shape
         self.arguments = {
             "q_ptr": q, "k_ptr": k, "v_ptr": v, "seed_ptr": seed,
             **self.strides("q", q), **self.strides("k", k), **self.strides("v", v), **self.read_mask(mask),
@@ -127,6 +127,14 @@ class _Call:
             found = {key: step if size > 1 else 0 for key, size, step in zip(found, sizes, steps, strict=True)}
         return {f"{name}_ptr": mask, **found}
 
+    def descriptors(self, rows: int, **tensors: Tensor) -> dict:
+        """Of the tensors that come by in blocks of `rows`, where a descriptor pays: 16-bit types, which a product reads
+        from shared memory. Of a packed batch it would read on into the next sequence, and with more columns registers
+        are spilled."""
+        pays = self.dtype.itemsize == 2 and not self.packed and self.pad <= 128
+        columns = lambda name: self.dims["D_PAD" if name in "qk" else "DV_PAD"]
+        return {f"{name}_desc": described(x, rows, columns(name)) if pays else None for name, x in tensors.items()}
+
     def tiles(self, kernel: str) -> tuple[int, int, dict]:
         """(BLOCK_M, BLOCK_N, the same and how to launch as keyword arguments)."""
         block_m, block_n, warps, stages = tiles(kernel, self.pad, self.dtype.itemsize, self.options)
@@ -138,13 +146,14 @@ def attention_fwd(q, k, v, mask, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seq
     row_max, log_sum = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
     tensors = (q, k, v, mask, alibi_slopes, seed, cu_seqlens_q, cu_seqlens_k)
     call = _Call(*tensors, max_seqlen_q, k.shape[2], *options)
-    block_m, _, launch = call.tiles("fwd")
+    block_m, block_n, launch = call.tiles("fwd")
     blocks = triton.cdiv(call.longest_q, block_m)
     programs = blocks * call.heads * call.batch
     if programs > 0:
         with torch.cuda.device_of(q):
             _attention_fwd_kernel[(programs,)](
-                **call.arguments, **call.ends, **call.strides("out", out),
+                **call.arguments, **call.ends, **call.descriptors(block_n, k=call.k, v=call.v),
+                **call.strides("out", out),
                 sinks_ptr=None if sinks is None else sinks.contiguous(),
                 out_ptr=out, row_max_ptr=row_max, log_sum_ptr=log_sum, q_blocks=blocks, **launch,
             )  # fmt: skip
@@ -175,9 +184,20 @@ def _delta(call: _Call, dout: Tensor, out: Tensor, dlse: Tensor | None) -> Tenso
     return delta
 
 
+def _delta_of_weights(call: _Call, shared: dict, dlse: Tensor | None) -> Tensor:
+    """[B, H, S] fp32: sum_j p dp - dlse, which is delta without the rounding of out.
+
+    The gradient of a mask in fp32 shows it: where one key has most of a row's weight, p * (dp - delta) is a small
+    difference. The sums over all keys of a mask's gradient are sum_j p dp where delta is 0.
+    """
+    sums = torch.empty_like(shared["row_max_ptr"])
+    _dmask(call, {**shared, "delta_ptr": torch.zeros_like(sums)}, sums[..., None])
+    return sums if dlse is None else sums - dlse
+
+
 def _dmask(call: _Call, shared: dict, dmask: Tensor) -> None:
     block_m, block_n, launch = call.tiles("dmask")
-    batch, heads, count, keys = call.mask_sizes
+    batch, heads, count, keys = dmask.shape
     sum_rows, sum_cols = count == 1, keys == 1  # of one query or key the sum is that query's or key's
     row_tiles, col_tiles = triton.cdiv(count, block_m), triton.cdiv(keys, block_n)
     programs = batch * heads * row_tiles * col_tiles
@@ -206,25 +226,32 @@ def attention_bwd(dout, dlse, q, k, v, mask, alibi_slopes, sinks, seed, cu_seqle
     grads = [_grad(want, of) for want, of in zip(wanted[:3], (q, k, v), strict=True)]
     (_, to_q), (_, to_k), (_, to_v) = grads
     dmask, _ = _grad(wanted[3], mask if wanted[3] else q)
+    dlse = None if dlse is None else dlse.contiguous()
+    shared = {
+        **call.arguments, "dout_ptr": dout, **call.strides("dout", dout),
+        "row_max_ptr": row_max, "log_sum_ptr": log_sum,
+    }  # fmt: skip
     with torch.cuda.device_of(q):
-        delta = _delta(call, dout, out, None if dlse is None else dlse.contiguous())
-        shared = {
-            **call.arguments, "dout_ptr": dout, **call.strides("dout", dout),
-            "row_max_ptr": row_max, "log_sum_ptr": log_sum, "delta_ptr": delta,
-        }  # fmt: skip
+        if wanted[3] and mask.dtype.itemsize > q.dtype.itemsize:
+            delta = _delta_of_weights(call, shared, dlse)
+        else:
+            delta = _delta(call, dout, out, dlse)
+        shared["delta_ptr"] = delta
         if to_q is not None:
-            block_m, _, launch = call.tiles("dq")
+            block_m, block_n, launch = call.tiles("dq")
             blocks = triton.cdiv(call.longest_q, block_m)
             if blocks * call.heads * call.batch > 0:
                 _attention_dq_kernel[(blocks * call.heads * call.batch,)](
-                    **shared, **call.ends, dq_ptr=to_q, **call.strides("dq", to_q), blocks=blocks, **launch
-                )
+                    **shared, **call.ends, **call.descriptors(block_n, k=call.k, v=call.v),
+                    dq_ptr=to_q, **call.strides("dq", to_q), blocks=blocks, **launch,
+                )  # fmt: skip
         if to_k is not None or to_v is not None:
-            _, block_n, launch = call.tiles("dkv")
+            block_m, block_n, launch = call.tiles("dkv")
             blocks = triton.cdiv(call.longest_k, block_n)
             if blocks * call.key_heads * call.batch > 0:
                 _attention_dkv_kernel[(blocks * call.key_heads * call.batch,)](
-                    **shared, **call.ends, dk_ptr=to_k, dv_ptr=to_v,
+                    **shared, **call.ends, **call.descriptors(block_m, q=call.q, dout=dout),
+                    dk_ptr=to_k, dv_ptr=to_v,
                     **call.strides("dk", k if to_k is None else to_k),
                     **call.strides("dv", v if to_v is None else to_v),
                     blocks=blocks, **launch,
