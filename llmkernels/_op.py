@@ -161,9 +161,9 @@ def backends(
     """The usual backends of `op`, best first, from the names of its kernel ops and its plain-PyTorch functions.
 
     Those of the backward are None where an op has none. `refuse` has for some backends a `refuses` of the op's own,
-    asked where `why_not` has nothing to say; `ways` has for some what `explain` adds to "runs", `both` the kernels of two
-    calls as one. `cpu` stands before `triton` only so that Triton's interpreter, far slower, is never preferred for CPU
-    tensors.
+    asked where `why_not` has nothing to say; `ways` has for some what `explain` adds to "runs", `both` the kernels of
+    two calls as one. `cpu` stands before `triton` only so that Triton's interpreter, far slower, is never preferred for
+    CPU tensors.
     """
     own, ways, both = refuse or {}, ways or {}, both or {}
     entries = [

@@ -56,7 +56,7 @@ class Grid(NamedTuple):
 
 GRIDS = [
     Grid(1, 1, 8, False, 2), Grid(2, 1, 8, False, 3), Grid(4, 1, 8, False, 5), Grid(5, 1, 16, True, 5),
-    Grid(9, 1, 8, True, 9), Grid(4, 2, 8, False, 6), Grid(9, 2, 8, False, 10), Grid(10, 2, 16, True, 10),
+    Grid(9, 1, 8, True, 9), Grid(4, 2, 8, False, 6), Grid(8, 2, 8, False, 10), Grid(10, 2, 16, True, 10),
     Grid(18, 2, 8, True, 18),
 ]  # fmt: skip
 

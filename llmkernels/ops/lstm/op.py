@@ -99,7 +99,9 @@ _fwd_both = _op.define_own_kernel(
     "("
     + "".join(f"Tensor gates_x{end}, Tensor h0{end}, Tensor c0{end}, Tensor w_hh{end}, " for end in _BOTH)
     + "Tensor? batch_sizes, bool save) -> ("
-    + ", ".join(f"Tensor y{end}, Tensor h_n{end}, Tensor c_n{end}, Tensor gates{end}, Tensor cells{end}" for end in _BOTH)
+    + ", ".join(
+        f"Tensor y{end}, Tensor h_n{end}, Tensor c_n{end}, Tensor gates{end}, Tensor cells{end}" for end in _BOTH
+    )
     + ")",
     _fwd_both_fake,
 )
@@ -177,7 +179,8 @@ class LSTMFunction(torch.autograd.Function):
 class LSTMBothFunction(torch.autograd.Function):
     """apply(gates_x, h0, c0, w_hh, the same of the reverse, batch_sizes, chosen) -> (y, h_n, c_n, cells) and the same.
 
-    Both directions of a layer without a projection, in one launch where they fit. Saves what LSTMFunction saves of each.
+    Both directions of a layer without a projection, in one launch where they fit. Saves what LSTMFunction saves of
+    each.
     """
 
     @staticmethod
