@@ -63,7 +63,7 @@ def over_layers(rows: Tensor, count: int, directions: int, dropout: float, train
     """Each layer on the outputs of the one before; `one(rows, index, reverse, last)` runs one of a direction.
 
     It returns (y, its states, its cells or None), the states `[B, size]`. Dropout between layers is torch's.
-    `both(rows, index, last)`, where given, runs the two directions of a layer and returns two of these.
+    `both(rows, index, last)`, where given, runs the two directions of a layer and gives two of these.
     """
     last, states, cells = count - directions, [], []
     for first in range(0, count, directions):

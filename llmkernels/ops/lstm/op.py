@@ -2,6 +2,8 @@
 call; reference.py has the maths and the shapes.
 """
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -228,12 +230,13 @@ def cell(gates_x: Tensor, gates_h: Tensor, c: Tensor, chosen: registry.Backend) 
     return chosen.fwd(gates_x, gates_h, c, False)[:2]
 
 
+# What a direction is run on: gates_x, h0, c0, w_hh and w_hr, and what no kernel has.
+Given = tuple[tuple[Tensor | None, ...], Extras]
+
+
 def recurrence(tensors: tuple[Tensor | None, ...], extras: Extras, batch_sizes: Tensor | None, reverse: bool,
                cells: bool, backend: str | None) -> tuple[Tensor, ...]:  # fmt: skip
-    """One layer and direction behind its input's product: (y, h_n, c_n, every c), the last one empty unless `cells`.
-
-    `tensors` are gates_x, h0, c0, w_hh and w_hr.
-    """
+    """One layer and direction behind its input's product: (y, h_n, c_n, every c), the last one empty unless `cells`."""
     chosen = registry.pick("lstm", (*tensors, *extras), backend)
     if any(extra is not None for extra in extras) or (chosen.name == "torch" and transform_active()):
         return reference.recurrence(*tensors, batch_sizes, reverse, extras)
@@ -243,28 +246,32 @@ def recurrence(tensors: tuple[Tensor | None, ...], extras: Extras, batch_sizes: 
     return y, h_n, c_n, every_c
 
 
-def recurrence_both(directions, batch_sizes: Tensor | None, cells: bool,
-                    backend: str | None) -> list[tuple[Tensor, ...]]:  # fmt: skip
-    """Both directions of a layer, each the (tensors, extras) of `recurrence` and each with its results."""
-    (ahead, extras), (back, _) = directions
-    chosen = registry.pick("lstm", (*ahead, *extras, back[0]), backend)
+def recurrence_both(first: Given, second: Callable[[], Given], batch_sizes: Tensor | None, cells: bool,
+                    backend: str | None) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
+    """Both directions of a layer, the second one's tensors made when they are needed; the results of each.
+
+    In one call where the backend has that.
+    """
+    ahead, extras = first
+    chosen = registry.pick("lstm", (*ahead, *extras, ahead[0]), backend)
     if chosen.both is None or ahead[4] is not None:
-        return [
-            recurrence(*of, batch_sizes, reverse, cells, backend)
-            for of, reverse in zip(directions, (False, True), strict=True)
-        ]
-    tensors = (*ahead[:4], *back[:4])
+        yield recurrence(*first, batch_sizes, False, cells, backend)
+        yield recurrence(*second(), batch_sizes, True, cells, backend)
+        return
+    tensors = (*ahead[:4], *second()[0][:4])
     if needs_grad(*tensors):
         found = LSTMBothFunction.apply(*tensors, batch_sizes, chosen.name)
-        return [found[:4], found[4:]]
+        yield from (found[:4], found[4:])
+        return
     found = chosen.both[0](*tensors, batch_sizes, cells)
-    return [(y, h_n, c_n, every_c) for y, h_n, c_n, _, every_c in (found[:5], found[5:])]
+    for y, h_n, c_n, _, every_c in (found[:5], found[5:]):
+        yield y, h_n, c_n, every_c
 
 
 # --- backends, best first -------------------------------------------------------------------------------------------
 
 
-# Of a call of both directions, `pick` sees the tensors of the first one and then the gates of the other.
+# Of a call of both directions, `pick` sees the tensors of the first one and then its gates again.
 _ONE = 5 + len(Extras._fields)
 
 

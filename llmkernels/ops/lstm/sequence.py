@@ -66,7 +66,7 @@ def run(rows: Tensor, h0: Tensor, c0: Tensor, layers: list[Layer], batch_sizes: 
     """
     dtype, hidden, size = rows.dtype, c0.shape[-1], h0.shape[-1]
 
-    def given(rows: Tensor, index: int) -> tuple[tuple[Tensor, ...], Extras]:
+    def given(rows: Tensor, index: int) -> op.Given:
         layer, w_hh = layers[index], layers[index].w_hh
         gates_x = _gates_of_input(rows, layer)
         if settings.recurrent_dropout > 0.0:
@@ -85,8 +85,9 @@ def run(rows: Tensor, h0: Tensor, c0: Tensor, layers: list[Layer], batch_sizes: 
 
     def both(rows: Tensor, index: int, last: bool):
         cells = settings.return_cells and last
-        directions = (given(rows, index), given(rows, index + 1))
-        return [result(found, cells) for found in op.recurrence_both(directions, batch_sizes, cells, settings.backend)]
+        other = lambda: given(rows, index + 1)
+        found = op.recurrence_both(given(rows, index), other, batch_sizes, cells, settings.backend)
+        return (result(direction, cells) for direction in found)
 
     return layout.over_layers(rows, len(layers), settings.directions, settings.dropout, settings.train, one, both)
 
