@@ -6,8 +6,8 @@
 namespace llmkernels::cuda {
 
 // Between `arrive` and `wait` a block does what the others need not see. `arrived` is a word of global memory that is
-// zero when the kernel starts and that only ever grows: no block can overtake another by more than one round. Parts of a
-// grid have a word of their own each.
+// zero when the kernel starts and that only ever grows: no block can overtake another by more than one round. Parts of
+// a grid have a word of their own each.
 class GridBarrier {
  public:
   // `blocks` is how many arrive in a round.

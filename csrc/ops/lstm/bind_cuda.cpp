@@ -207,12 +207,14 @@ Backward recurrence_bwd(const OptionalTensor& dy, const OptionalTensor& dh_n, co
 
 // --- both directions of a layer -------------------------------------------------------------------------------------
 
-void check_same_shape(const char* op, const char* name, const at::Tensor& reverse, const at::Tensor& forward) {
+void check_like(const char* op, const char* name, const at::Tensor& reverse, const at::Tensor& forward) {
+  check_device(op, name, reverse, forward.device());
+  check_dtype(op, name, reverse, forward.scalar_type());
   check_shape(op, name, reverse, forward.sizes());
 }
 
-// The calls of two directions, each call(run), as one: joined(params, params of the reverse). What a call allocates lives
-// until its run returns, so the second one is made within the first.
+// The calls of two directions, each call(run), as one: joined(params, params of the reverse). What a call allocates
+// lives until its run returns, so the second one is made within the first.
 template <class Params, class First, class Second, class Joined>
 auto both_calls(First&& first, Second&& second, Joined&& joined) {
   using Result = decltype(second([](const Params&) {}));
@@ -229,11 +231,9 @@ auto both_fwd(const at::Tensor& gates_x, const at::Tensor& h0, const at::Tensor&
               const at::Tensor& w_hh_reverse, const OptionalTensor& batch_sizes, bool save) {
   const char* op = "lstm_both_fwd";
   const RecurrenceCall call(op, gates_x.device());
-  check_same_shape(op, "gates_x_reverse", gates_x_reverse, gates_x);
-  check_same_shape(op, "h0_reverse", h0_reverse, h0);
-  check_same_shape(op, "c0_reverse", c0_reverse, c0);
-  check_dtype(op, "gates_x_reverse", gates_x_reverse, gates_x.scalar_type());
-  check_device(op, "gates_x_reverse", gates_x_reverse, gates_x.device());
+  check_like(op, "gates_x_reverse", gates_x_reverse, gates_x);
+  check_like(op, "h0_reverse", h0_reverse, h0);
+  check_like(op, "c0_reverse", c0_reverse, c0);
   const at::Tensor* sizes = get(batch_sizes);
   return both_calls<LSTMFwdParams>(
       [&](auto&& run) { return lstm_fwd_call(gates_x, h0, c0, w_hh, nullptr, sizes, false, save, run); },
@@ -255,11 +255,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     std::array<bool, 8> wanted) {
   const char* op = "lstm_both_bwd";
   const RecurrenceCall call(op, gates.device());
-  check_same_shape(op, "gates_reverse", gates_reverse, gates);
-  check_same_shape(op, "h0_reverse", h0_reverse, h0);
-  check_same_shape(op, "c0_reverse", c0_reverse, c0);
-  check_dtype(op, "gates_reverse", gates_reverse, gates.scalar_type());
-  check_device(op, "gates_reverse", gates_reverse, gates.device());
+  check_like(op, "gates_reverse", gates_reverse, gates);
+  check_like(op, "h0_reverse", h0_reverse, h0);
+  check_like(op, "c0_reverse", c0_reverse, c0);
   const at::Tensor* sizes = get(batch_sizes);
   const BackwardOf forward{dy, dh_n, dc_n, dcells, h0, c0, w_hh, nullptr, y, gates, cells, false};
   const BackwardOf reverse{dy_reverse, dh_n_reverse, dc_n_reverse, dcells_reverse, h0_reverse, c0_reverse, w_hh_reverse,
@@ -282,7 +280,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 
 std::string sentence(const cuda::LSTMRecurrencePlan& plan) {
   if (!plan.resident) return "a product and a small kernel at each step";
-  const char* where = plan.kept == 0 ? "shared memory" : plan.kept < plan.depth ? "registers and shared memory" : "registers";
+  const char* places[] = {"shared memory", "registers and shared memory", "registers"};
+  const char* where = places[(plan.kept > 0) + (plan.kept == plan.depth)];
   return std::string("weights stay in ") + where + ", " + std::to_string(plan.launch.grid[0]) + " blocks";
 }
 

@@ -1,9 +1,11 @@
-// What the kernels share that keep a recurrence's weights with their blocks: the product of a tile of rows with a group's
-// slice of the weights, and where the steps' rows are.
+// What the kernels share that keep a recurrence's weights with their blocks: the product of a tile of rows with a
+// group's slice of the weights, and where the steps' rows are.
 //
 // Every warp takes a part of the depth for all rows and columns of the product and writes its sums to shared memory,
 // where the thread of a (row, unit) adds them in their order: with few rows it is the depth that has the work.
 #pragma once
+
+#include <type_traits>
 
 #include "common/cuda/grid_barrier.cuh"
 #include "common/cuda/vec.cuh"
@@ -12,8 +14,8 @@
 namespace llmkernels::cuda {
 
 // kRows rows of the exchange, [kRows, depth], times kColumns columns of the weights. Those of the first `kept` elements
-// of depth are in kRegisters registers of each thread, in whole rounds; the others in shared memory. With `weight(column,
-// k)` a kernel says what they are.
+// of depth are in kRegisters registers of each thread, in whole rounds; the others in shared memory. They are what the
+// kernel's `weight(column, k)` says.
 template <class T, int kRows, int kColumns, int kRegisters>
 class Product {  // by multiply-adds: a lane has a column, and the rows' elements are the same for its neighbours
  public:

@@ -1,7 +1,7 @@
-// The backward of all steps of an LSTM layer in one launch, from the last one to the first, of one direction or of both.
-// Every block keeps its units' columns of the weights, and what has arrived at their h and c; the gradients of the gates
-// go through global memory, rounded to T, with one barrier of the direction's blocks a step (lstm_recurrence_fwd.cu says
-// why two buffers suffice).
+// The backward of all steps of an LSTM layer in one launch, from the last one to the first, of one direction or of
+// both. Every block keeps its units' columns of the weights, and what has arrived at their h and c; the gradients of
+// the gates go through global memory, rounded to T, with one barrier of the direction's blocks a step
+// (lstm_recurrence_fwd.cu says why two buffers suffice).
 //
 // An element of depth is 4 * unit + gate: what a thread has of a row is one vector.
 #include "common/cuda/launch.h"
@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(kRecurrenceThreads, recurrence_blocks_per_sm(s
         load_inputs(step, tile, group, in);
       }
       if (tile * kRows < behind) {
-        product.multiply(from + tile * kRows * depth, r.depth, r.kept, weights + group * group_elements, r.stride, parts);
+        product.multiply(from + tile * kRows * depth, r.depth, r.kept, weights + group * group_elements,
+                         r.stride, parts);
         __syncthreads();
       }
       row = tile * kRows + row_of_tile;

@@ -1,9 +1,9 @@
 // How the recurrence of an LSTM layer runs: whether its weights stay with the blocks for all steps, where, and on which
 // grid. A pure function of the sizes and the GPU.
 //
-// The units are cut into groups. A group's slice of w_hh is, forward, the rows of its units' four gates with one element
-// for each of h; backward, the columns of its units with one element for each gate of all units. "Depth" is that other
-// dimension, rounded up.
+// The units are cut into groups. A group's slice of w_hh is, forward, the rows of its units' four gates with one
+// element for each of h; backward, the columns of its units with one element for each gate of all units. "Depth" is
+// that other dimension, rounded up.
 //
 // A block that has a multiprocessor to itself has one group, of 8 or 16 units, and keeps the first part of the depth in
 // its threads' registers and the rest in shared memory. Where there are more groups of 16 units than multiprocessors,
@@ -68,7 +68,7 @@ struct LSTMRecurrencePlan {
   int kept = 0;                // the first elements of depth, whose weights are in registers
   int64_t stride = 0;          // elements of shared memory for each column of weights
   int64_t padded_batch = 0;    // whole tiles
-  int64_t exchange_bytes = 0;  // of what the blocks of a direction tell each other: two buffers [padded_batch, depth] of T
+  int64_t exchange_bytes = 0;  // of a direction's h or gradients of gates: two buffers [padded_batch, depth] of T
   Launch launch;
 };
 
@@ -94,7 +94,7 @@ inline LSTMRecurrencePlan plan_lstm_recurrence(DType dtype, const LSTMSteps& at,
   // A projection would need a second exchange and barrier each step.
   if (projection || tiles > kMostTiles) return plan;
 
-  // Whether blocks of `groups` groups of `units` units fit, `most` of them on a multiprocessor.
+  // Plans blocks of `groups` groups of `units` units, at most `most` on a multiprocessor; whether all fit at once.
   const auto fits = [&](int units, int groups, int registers, int64_t most) {
     const int columns = (forward ? kFwdColumns : kBwdColumns) * units;
     const int64_t rounds = registers / round_registers(bytes, columns);
@@ -112,7 +112,7 @@ inline LSTMRecurrencePlan plan_lstm_recurrence(DType dtype, const LSTMSteps& at,
     const int64_t per_sm = std::min(most, gpu.shared_per_multiprocessor / (shared + gpu.shared_reserved));
     return directions * plan.blocks <= gpu.multiprocessors * per_sm;
   };
-  // Fewer units a block are less work at a step; more of them read h from memory less often.
+  // Fewer units are less work for a block; two of 8 on a multiprocessor would each read all of h, one of 16 once.
   const int64_t spare = gpu.registers_per_multiprocessor / kRecurrenceThreads - kWeightRegisters;
   const int registers = static_cast<int>(std::clamp<int64_t>(spare, 0, kWeightRegisters));
   plan.alone = bytes <= 4 && registers > 0;
