@@ -39,6 +39,14 @@ def define_kernel(name: str, schema: str, fake: Callable, portable: Callable) ->
     _libraries["llmkernels"].impl(name, portable, "CompositeExplicitAutograd")
 
 
+def define_own_kernel(backend: str, name: str, schema: str, fake: Callable) -> Callable:
+    """Define an op that one backend alone has, beside those of `define_kernel`."""
+    namespace = f"llmkernels_{backend}"
+    _libraries[namespace].define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{namespace}::{name}", fake, lib=_libraries[namespace])
+    return kernel(backend, name)
+
+
 def define_question(backend: str, name: str, schema: str) -> Callable:
     """Define an op of one backend that computes nothing: it says what the backend's kernels would do."""
     _libraries[f"llmkernels_{backend}"].define(name + schema)
@@ -148,16 +156,20 @@ def backends(
     *,
     refuse: dict[str, Callable] | None = None,
     ways: dict[str, Callable] | None = None,
+    both: dict[str, tuple[Callable, Callable]] | None = None,
 ) -> list[Backend]:
     """The usual backends of `op`, best first, from the names of its kernel ops and its plain-PyTorch functions.
 
     Those of the backward are None where an op has none. `refuse` has for some backends a `refuses` of the op's own,
-    asked where `why_not` has nothing to say; `ways` has for some what `explain` adds to "runs". `cpu` stands before
-    `triton` only so that Triton's interpreter, far slower, is never preferred for CPU tensors.
+    asked where `why_not` has nothing to say; `ways` has for some what `explain` adds to "runs", `both` the kernels of
+    two calls as one. `cpu` stands before `triton` only so that Triton's interpreter, far slower, is never preferred for
+    CPU tensors.
     """
-    own, ways = refuse or {}, ways or {}
+    own, ways, both = refuse or {}, ways or {}, both or {}
     entries = [
-        Backend(op, name, kernel(name, fwd), bwd and kernel(name, bwd), why, own.get(name), ways.get(name))
+        Backend(
+            op, name, kernel(name, fwd), bwd and kernel(name, bwd), why, own.get(name), ways.get(name), both.get(name)
+        )
         for name, why in _WHY_NOT.items()
     ]
     entries.append(Backend(op, "torch", reference_fwd, reference_bwd, lambda *_: None))

@@ -6,7 +6,7 @@ from llmkernels.ops.cross_entropy.linear_op import LinearCrossEntropyFunction
 from llmkernels.ops.cross_entropy.op import CrossEntropyFunction
 from llmkernels.ops.gated.op import GatedFunction
 from llmkernels.ops.lstm.gru import GRUFunction
-from llmkernels.ops.lstm.op import LSTMCellFunction, LSTMFunction
+from llmkernels.ops.lstm.op import LSTMBothFunction, LSTMCellFunction, LSTMFunction
 from llmkernels.ops.norm.dropout import DropoutAddLayerNormFunction, DropoutAddRMSNormFunction
 from llmkernels.ops.norm.op import LayerNormFunction, RMSNormFunction
 from llmkernels.ops.quantized_linear.norm_op import RMSNormQuantizedLinearFunction
@@ -22,6 +22,7 @@ __all__ = [
     "DropoutAddRMSNormFunction",
     "GRUFunction",
     "GatedFunction",
+    "LSTMBothFunction",
     "LSTMCellFunction",
     "LSTMFunction",
     "LayerNormFunction",

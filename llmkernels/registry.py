@@ -55,6 +55,7 @@ class Backend:
     why_not: Callable[..., str | None]
     refuses: Callable[..., str | None] | None = None
     way: Callable[..., str] | None = None  # of several ways to run a call, the one that `explain` names
+    both: tuple[Callable, Callable] | None = None  # (fwd, bwd) of two calls as one, where the backend has that
 
     def reason(self, tensors: tuple) -> str | None:
         """Why this backend cannot run a call with `tensors`, or None."""

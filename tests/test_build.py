@@ -45,10 +45,12 @@ def test_no_cuda_kernel_spills():
     kernels = resources.usage(_native.module("cuda").__file__)
     assert len(kernels) > 100
     assert [name for name, row in kernels.items() if row["STACK"] or row["LOCAL"]] == []
-    # Blocks of the others have up to 512 threads; attention's have 128 and quantized_linear's 256 or 128, with as many
-    # registers as a thread can have.
-    large = [name for name, row in kernels.items() if row["REG"] > 128 and not re.search("attention|quantized", name)]
-    assert large == [], "a block of 512 threads needs 128 or fewer"
+    # Blocks of the others have up to 512 threads; attention's have 128, quantized_linear's 256 or 128, and those of
+    # lstm's recurrences that have a multiprocessor to themselves (fp64, or their last argument is true) 256, with as
+    # many registers as a thread can have.
+    wide = re.compile("attention|quantized|lstm_recurrence.*(Lb1E|Id)")
+    large = [name for name, row in kernels.items() if row["REG"] > 128 and not wide.search(name)]
+    assert large == [], "a block of 512 threads, or two of 256, need 128 or fewer"
 
 
 @needs("cuda")

@@ -51,12 +51,13 @@ def register() -> None:
                 entry = next((entry for entry in registry.entries(op) if entry.name == real), None)
                 if entry is None:
                     continue
-                for kernel in (entry.fwd, entry.bwd):
+                for kernel in (entry.fwd, entry.bwd, *(entry.both or ())):
                     if kernel is not None and kernel not in ops:
                         ops[kernel] = _define(library, namespace, kernel, real, arch)
                 why_not, way = _why_not(name), entry.way and _way(entry.way, arch)
+                both = entry.both and tuple(ops[kernel] for kernel in entry.both)
                 registry.register_extra(
-                    registry.Backend(op, name, ops[entry.fwd], ops.get(entry.bwd), why_not, entry.refuses, way)
+                    registry.Backend(op, name, ops[entry.fwd], ops.get(entry.bwd), why_not, entry.refuses, way, both)
                 )
 
 

@@ -140,6 +140,7 @@ def device(
     *,
     arch: str | None = None,
     multiprocessors: int | None = None,
+    registers: int | None = None,
     seed: int | None = None,
     check: bool | None = None,
     async_mode: str | None = None,
@@ -151,13 +152,14 @@ def device(
 
     seed: of the schedule and of async_mode "random". check: races, uninitialised shared memory, proxies (bounds and
     alignment always). async_mode: when asynchronous copies land, "eager", "lazy" or "random". multiprocessors: 1 unless
-    told. record: keep the counters of every launch.
+    told. registers: of a multiprocessor, as planners see it; fewer than 65536 make small cases keep less in them.
+    record: keep the counters of every launch.
     """
     sim = module()
     before = sim.device()
     changed = sim.Device(before)
     given = {"arch": arch, "multiprocessors": multiprocessors, "seed": seed, "check": check, "record": record}
-    given |= {"max_instructions": max_instructions, "resident_blocks": resident_blocks}
+    given |= {"registers": registers, "max_instructions": max_instructions, "resident_blocks": resident_blocks}
     given |= {"async_mode": None if async_mode is None else getattr(sim.Async, async_mode)}
     for name, value in given.items():
         if value is not None:

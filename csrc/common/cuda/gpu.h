@@ -29,4 +29,12 @@ inline const char* ask_shared(int device, Gpu& gpu) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// What a planner has to know whose kernels keep data in registers.
+inline const char* ask_registers(int device, Gpu& gpu) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, cudaDevAttrMaxRegistersPerMultiprocessor, device);
+  gpu.registers_per_multiprocessor = value;
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 }  // namespace llmkernels::cuda

@@ -1,4 +1,4 @@
-// A barrier of all blocks of a cooperative launch, for kernels that go through many steps.
+// A barrier of the blocks of a cooperative launch, all of them or a part, for kernels that go through many steps.
 #pragma once
 
 #include "common/cuda/ptx.cuh"
@@ -6,14 +6,16 @@
 namespace llmkernels::cuda {
 
 // Between `arrive` and `wait` a block does what the others need not see. `arrived` is a word of global memory that is
-// zero when the kernel starts and that only ever grows: no block can overtake another by more than one round.
+// zero when the kernel starts and that only ever grows: no block can overtake another by more than one round. Parts of
+// a grid have a word of their own each.
 class GridBarrier {
  public:
-  __device__ explicit GridBarrier(unsigned* arrived) : arrived_(arrived) {}
+  // `blocks` is how many arrive in a round.
+  __device__ GridBarrier(unsigned* arrived, unsigned blocks) : arrived_(arrived), blocks_(blocks) {}
 
   // What any thread of this block did before is visible to every block behind the same round's `wait`.
   __device__ void arrive() {
-    target_ += gridDim.x;
+    target_ += blocks_;
     __syncthreads();
     if (threadIdx.x == 0) ptx::red_add_release_gpu(arrived_, 1);
   }
@@ -28,6 +30,7 @@ class GridBarrier {
 
  private:
   unsigned* arrived_;
+  unsigned blocks_;
   unsigned target_ = 0;
 };
 

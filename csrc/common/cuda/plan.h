@@ -12,6 +12,7 @@ struct Gpu {
   int64_t shared_per_block = 0;
   int64_t shared_per_multiprocessor = 0;
   int64_t shared_reserved = 0;  // of every block, by the system
+  int64_t registers_per_multiprocessor = 0;  // of 32 bits; known where the planner asks for it (ask_registers)
 };
 
 struct Launch {

@@ -1,4 +1,4 @@
-// The recurrence on a GPU whose shared memory does not hold the weights, or with a projection: at each step a product
+// The recurrence on a GPU whose multiprocessors do not hold the weights, or with a projection: at each step a product
 // by torch and one small kernel. In the order of the stream nothing has to wait for anything.
 #pragma once
 

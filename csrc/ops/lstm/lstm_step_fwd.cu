@@ -1,4 +1,4 @@
-// One step of a recurrence whose weights do not stay in shared memory, behind its product: lstm_cell with c in Acc.
+// One step of a recurrence whose weights do not stay with the blocks, behind its product: lstm_cell with c in Acc.
 #include "common/cuda/launch.h"
 #include "ops/lstm/lstm_cell.cuh"
 #include "ops/lstm/lstm_cuda.h"

@@ -58,16 +58,21 @@ def autocast(input: Tensor, *others: Sequence[Tensor] | None) -> tuple:
 # --- layers and directions ------------------------------------------------------------------------------------------
 
 
-def over_layers(rows: Tensor, count: int, directions: int, dropout: float, train: bool, one: Callable) -> Result:
+def over_layers(rows: Tensor, count: int, directions: int, dropout: float, train: bool, one: Callable,
+                both: Callable | None = None) -> Result:  # fmt: skip
     """Each layer on the outputs of the one before; `one(rows, index, reverse, last)` runs one of a direction.
 
     It returns (y, its states, its cells or None), the states `[B, size]`. Dropout between layers is torch's.
+    `both(rows, index, last)`, where given, runs the two directions of a layer and gives two of these.
     """
     last, states, cells = count - directions, [], []
     for first in range(0, count, directions):
         outputs = []
-        for index in range(first, first + directions):
-            y, ends, every_c = one(rows, index, index > first, first == last)
+        if both is not None and directions == 2:
+            found = both(rows, first, first == last)
+        else:
+            found = [one(rows, index, index > first, first == last) for index in range(first, first + directions)]
+        for y, ends, every_c in found:
             outputs.append(y)
             states.append(ends)
             if every_c is not None:

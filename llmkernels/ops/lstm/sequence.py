@@ -66,20 +66,30 @@ def run(rows: Tensor, h0: Tensor, c0: Tensor, layers: list[Layer], batch_sizes: 
     """
     dtype, hidden, size = rows.dtype, c0.shape[-1], h0.shape[-1]
 
-    def one(rows: Tensor, index: int, reverse: bool, last: bool):
-        layer, cells_wanted = layers[index], settings.return_cells and last
+    def given(rows: Tensor, index: int) -> op.Given:
+        layer, w_hh = layers[index], layers[index].w_hh
         gates_x = _gates_of_input(rows, layer)
-        w_hh = layer.w_hh
         if settings.recurrent_dropout > 0.0:
             w_hh = torch_functional.dropout(w_hh, settings.recurrent_dropout, settings.train)
         extras = _extras(layer, rows, hidden, size, settings)
-        y, h_n, c_n, every_c = op.recurrence(
-            gates_x, h0[index], c0[index], w_hh, layer.w_hr, batch_sizes, reverse, extras, cells_wanted,
-            settings.backend,
-        )  # fmt: skip
+        return (gates_x, h0[index], c0[index], w_hh, layer.w_hr), extras
+
+    def result(found: tuple[Tensor, ...], cells_wanted: bool):
+        y, h_n, c_n, every_c = found
         return y, (h_n, c_n), every_c.to(dtype) if cells_wanted else None
 
-    return layout.over_layers(rows, len(layers), settings.directions, settings.dropout, settings.train, one)
+    def one(rows: Tensor, index: int, reverse: bool, last: bool):
+        cells = settings.return_cells and last
+        found = op.recurrence(*given(rows, index), batch_sizes, reverse, cells, settings.backend)
+        return result(found, cells)
+
+    def both(rows: Tensor, index: int, last: bool):
+        cells = settings.return_cells and last
+        other = lambda: given(rows, index + 1)
+        found = op.recurrence_both(given(rows, index), other, batch_sizes, cells, settings.backend)
+        return (result(direction, cells) for direction in found)
+
+    return layout.over_layers(rows, len(layers), settings.directions, settings.dropout, settings.train, one, both)
 
 
 def zoneout_pair(zoneout: float | tuple[float, float]) -> tuple[float, float]:

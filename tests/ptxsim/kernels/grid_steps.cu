@@ -10,9 +10,9 @@ namespace ptx = llmkernels::cuda::ptx;
 // llmkernels::cuda::GridBarrier, line by line, to plant bugs in.
 class Barrier {
  public:
-  __device__ explicit Barrier(unsigned* arrived) : arrived_(arrived) {}
+  __device__ Barrier(unsigned* arrived, unsigned blocks) : arrived_(arrived), blocks_(blocks) {}
   __device__ void arrive() {
-    if (!kBug<43> || target_ == 0) target_ += gridDim.x;
+    if (!kBug<43> || target_ == 0) target_ += blocks_;
     if (!kBug<41>) __syncthreads();
     if (threadIdx.x != 0) return;
     if (kBug<40>) {
@@ -35,13 +35,14 @@ class Barrier {
   }
 
   unsigned* arrived_;
+  unsigned blocks_;
   unsigned target_ = 0;
 };
 
 template <class Grid>
 __device__ void run(unsigned* exchange, unsigned* arrived, unsigned* out, int steps) {
   const unsigned words = gridDim.x * blockDim.x, own = blockIdx.x * blockDim.x + threadIdx.x;
-  Grid grid(arrived);
+  Grid grid(arrived, gridDim.x);
   exchange[own] = own;
   grid.arrive();
   grid.wait();

@@ -210,6 +210,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = limits.shared_per_multiprocessor; return cudaSuccess;
     case cudaDevAttrReservedSharedMemoryPerBlock: *value = ptxsim::kSharedReserved; return cudaSuccess;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = ptxsim::kThreadsPerMultiprocessor; return cudaSuccess;
+    case cudaDevAttrMaxRegistersPerMultiprocessor: *value = ptxsim::device().registers; return cudaSuccess;
     case cudaDevAttrMaxThreadsPerBlock: *value = 1024; return cudaSuccess;
     case cudaDevAttrMaxBlocksPerMultiprocessor: *value = ptxsim::kBlocksPerMultiprocessor; return cudaSuccess;
     case cudaDevAttrWarpSize: *value = 32; return cudaSuccess;

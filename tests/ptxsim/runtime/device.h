@@ -12,6 +12,7 @@ namespace ptxsim {
 struct Device {
   Options options;          // options.arch says which PTX runs
   int multiprocessors = 1;  // so that persistent grids loop in small cases; still several blocks
+  int registers = 65536;    // of a multiprocessor: what planners are told; launches are not held against it
   bool record = false;      // keep every launch for `take_launches`
 };
 

@@ -124,6 +124,7 @@ PYBIND11_MODULE(_ptxsim, m) {
   py::class_<Device>(m, "Device")
       .def(py::init<const Device&>())
       .def_readwrite("multiprocessors", &Device::multiprocessors)
+      .def_readwrite("registers", &Device::registers)
       .def_readwrite("record", &Device::record)
       .def_property("arch", [](const Device& d) { return d.options.arch; },
                     [](Device& d, const std::string& arch) { d.options.arch = arch; })
