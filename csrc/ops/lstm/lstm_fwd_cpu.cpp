@@ -32,41 +32,59 @@ struct Forward {
     return column < R ? static_cast<const T*>(p.w_hr) + column * H : nullptr;
   }
 
-  // What a tile, or a row, of sums becomes: the step of the sequence `b`.
-  auto units_step(int64_t step, int64_t block) const {
-    return [this, step, block, unit = block * kUnits](int64_t b, const Vec<Acc>(&products)[kBlockVectors]) {
-      const int64_t row = p.at.first[step] + b;
+  // What a row of the sums of a block becomes: the step of the sequence `b`.
+  struct Units {
+    const Forward& of;
+    int64_t step, unit;
+
+    void fetch(int64_t b) const {
+      const LSTMFwdParams& p = of.p;
+      const int64_t row = p.at.first[step] + b, wide = (row * 4) * of.H + unit;
+      for (int q = 0; q < 4; ++q) {
+        CPU_CAPABILITY::fetch(static_cast<const T*>(p.gates_x) + wide + q * of.H, kUnits);
+        if (p.gates != nullptr) CPU_CAPABILITY::fetch(static_cast<const T*>(p.gates) + wide + q * of.H, kUnits);
+      }
+    }
+
+    void operator()(int64_t b, const Vec<Acc> (&products)[kBlockVectors]) const {
+      const LSTMFwdParams& p = of.p;
+      const int64_t H = of.H, R = of.R, row = p.at.first[step] + b;
       const T* gates_x = static_cast<const T*>(p.gates_x) + row * 4 * H + unit;
-      Acc* c = static_cast<Acc*>(scratch.c) + b * H + unit;
+      Acc* c = static_cast<Acc*>(of.scratch.c) + b * H + unit;
       with_units<Acc>(unit, H, [&](auto part) {
         Vec<Acc> sums[4];
         for (int q = 0; q < 4; ++q) sums[q] = products[q] + part.load(gates_x + q * H);
         const StepState<Acc> s = step_forward<T>(sums, part.load(c));
         part.store(c, s.c);
         if (p.w_hr == nullptr) {
-          store_both<T>(static_cast<T*>(p.y) + row * R + unit, h(step + 1) + b * h_stride + unit, s.m, part);
+          store_both<T>(static_cast<T*>(p.y) + row * R + unit, of.h(step + 1) + b * of.h_stride + unit, s.m, part);
         } else {
-          store_both<T>(static_cast<T*>(nullptr), m() + b * m_stride + unit, s.m, part);
+          store_both<T>(static_cast<T*>(nullptr), of.m() + b * of.m_stride + unit, s.m, part);
         }
         if (p.gates == nullptr) return;
         T* gates = static_cast<T*>(p.gates) + row * 4 * H + unit;
         for (int q = 0; q < 4; ++q) part.store(gates + q * H, s.gates[q]);
         part.store(static_cast<Acc*>(p.cells) + row * H + unit, s.c);
       });
-    };
-  }
+    }
+  };
 
-  auto project_step(int64_t step, int64_t block) const {
-    return [this, step, first = block * kBlockColumns<T>](int64_t b, const Vec<Acc>(&products)[kBlockVectors]) {
-      T* y = static_cast<T*>(p.y) + (p.at.first[step] + b) * R;
+  struct Projected {
+    const Forward& of;
+    int64_t step, first;
+
+    void fetch(int64_t) const {}
+
+    void operator()(int64_t b, const Vec<Acc> (&products)[kBlockVectors]) const {
+      T* y = static_cast<T*>(of.p.y) + (of.p.at.first[step] + b) * of.R;
       for (int v = 0; v < kBlockVectors; ++v) {
         const int64_t column = first + v * kUnits;
-        with_units<Acc>(column, R, [&](auto part) {
-          store_both<T>(y + column, h(step + 1) + b * h_stride + column, products[v], part);
+        with_units<Acc>(column, of.R, [&](auto part) {
+          store_both<T>(y + column, of.h(step + 1) + b * of.h_stride + column, products[v], part);
         });
       }
-    };
-  }
+    }
+  };
 
   // Blocks [begin, end) of a product: make(block) gives what becomes of the sums of a row.
   template <class RowOf, class Panel, class Make>
@@ -103,11 +121,11 @@ struct Forward {
     if (!projection) {
       multiply(packed, h(step), h_stride, rows, R, begin, end, [&](int64_t block) { return hh_panel(block); },
                [&](int64_t block, int v, int lane) { return hh_row(block, v, lane); }, static_cast<const T*>(p.w_hh),
-               [&](int64_t block) { return units_step(step, block); });
+               [&](int64_t block) { return Units{*this, step, block * kUnits}; });
     } else {
       multiply(packed, m(), m_stride, rows, H, begin, end, [&](int64_t block) { return hr_panel(block); },
                [&](int64_t block, int v, int lane) { return hr_row(block, v, lane); }, static_cast<const T*>(p.w_hr),
-               [&](int64_t block) { return project_step(step, block); });
+               [&](int64_t block) { return Projected{*this, step, block * kBlockColumns<T>}; });
     }
   }
 

@@ -80,15 +80,30 @@ inline void multiply_add(Vec<AccOf<T>>& sum, Vec<AccOf<T>> a, Vec<AccOf<T>> w) {
   sum += a * w;
 }
 
-// kRows rows with one panel. Few rows get several sums each, by turns: otherwise each addition waits for the last one.
-// `ahead` is fetched into the cache on the way, a line at a time.
-template <class T, int kRows, class F>
-inline void multiply_tile(const Operand<T>* a, int64_t stride, const Operand<T>* panel, int64_t depth, int64_t row,
-                          const char* ahead, F&& f) {
+// Lines of the cache for what `count` elements at `from` are on their way to be read or written.
+template <class T>
+inline void fetch(const T* from, int64_t count) {
+  for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + byte, 0, 3);
+  }
+}
+
+// The sums of kRows rows with one panel, added to `totals` if `add`. Few rows get several sums each, by turns: otherwise
+// each addition waits for the last one. `ahead` is fetched into the cache on the way, a line at a time.
+template <class T, int kRows>
+inline void multiply_tile(const Operand<T>* a, int64_t stride, const Operand<T>* panel, int64_t depth,
+                          const char* ahead, bool add, Vec<AccOf<T>> (*totals)[kBlockVectors]) {
   using Acc = AccOf<T>;
   constexpr int kTurns = kRows >= 3 || kVectorBytes != 64 ? 1 : kRows == 2 ? 2 : 4;
   constexpr int64_t kStep = kBlockColumns<T> * kDeep<T>;
   Vec<Acc> sums[kTurns][kRows][kBlockVectors] = {};
+  if (add) {
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kBlockVectors; ++v) sums[0][r][v] = totals[r][v];
+    }
+  }
   int64_t k = 0;
   for (; k + kTurns <= depth; k += kTurns) {
     __builtin_prefetch(ahead + k * 64, 0, 2);
@@ -119,35 +134,62 @@ inline void multiply_tile(const Operand<T>* a, int64_t stride, const Operand<T>*
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
-    Vec<Acc> total[kBlockVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kBlockVectors; ++v) {
-      total[v] = sums[0][r][v];
+      totals[r][v] = sums[0][r][v];
 #pragma GCC unroll 4
-      for (int turn = 1; turn < kTurns; ++turn) total[v] += sums[turn][r][v];
+      for (int turn = 1; turn < kTurns; ++turn) totals[r][v] += sums[turn][r][v];
     }
-    f(row + r, total);
   }
 }
 
-// Calls f(row, sums) for the products of rows [0, rows) with a panel, in tiles as equal as can be. `next` is the panel
-// of the product that follows: the weights of all panels are more than the nearer caches hold.
+template <class T>
+inline void multiply_tile(int64_t rows, const Operand<T>* a, int64_t stride, const Operand<T>* panel, int64_t depth,
+                          const char* ahead, bool add, Vec<AccOf<T>> (*totals)[kBlockVectors]) {
+  if (rows == 1) multiply_tile<T, 1>(a, stride, panel, depth, ahead, add, totals);
+  if (rows == 2) multiply_tile<T, 2>(a, stride, panel, depth, ahead, add, totals);
+  if constexpr (kTileRows > 2) {
+    if (rows == 3) multiply_tile<T, 3>(a, stride, panel, depth, ahead, add, totals);
+    if (rows == 4) multiply_tile<T, 4>(a, stride, panel, depth, ahead, add, totals);
+    if (rows == 5) multiply_tile<T, 5>(a, stride, panel, depth, ahead, add, totals);
+    if (rows == 6) multiply_tile<T, 6>(a, stride, panel, depth, ahead, add, totals);
+  }
+}
+
+constexpr int kHeldTiles = 12;
+constexpr int64_t kPieceDepth = 512;  // of a panel: 128 KiB, with rows and the next piece beside it in a cache of 1 MiB
+
+// Calls f(row, sums), and some time before f.fetch(row), for the products of rows [0, rows) with a panel, in tiles as
+// equal as can be. `next` is the panel of the product that follows: the weights of all panels are more than the nearer
+// caches hold, and so is what a step reads and writes.
+//
+// The sums of several tiles wait in memory. So a long panel is taken in pieces, each for all of them; and rows are
+// finished one after the other: each is a long chain of operations, of which the processor takes up several at once.
 template <class T, class F>
 inline void multiply_rows(const Operand<T>* a, int64_t stride, int64_t rows, const Operand<T>* panel,
                           const Operand<T>* next, int64_t depth, F&& f) {
+  constexpr int64_t kStep = kBlockColumns<T> * kDeep<T>;
+  Vec<AccOf<T>> sums[kHeldTiles * kTileRows][kBlockVectors];
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t begin = rows * tile / tiles, count = rows * (tile + 1) / tiles - begin;
-    const Operand<T>* from = a + begin * stride;
-    const char* ahead = reinterpret_cast<const char*>(next) + tile * depth * 64;
-    if (count == 1) multiply_tile<T, 1>(from, stride, panel, depth, begin, ahead, f);
-    if (count == 2) multiply_tile<T, 2>(from, stride, panel, depth, begin, ahead, f);
-    if constexpr (kTileRows > 2) {
-      if (count == 3) multiply_tile<T, 3>(from, stride, panel, depth, begin, ahead, f);
-      if (count == 4) multiply_tile<T, 4>(from, stride, panel, depth, begin, ahead, f);
-      if (count == 5) multiply_tile<T, 5>(from, stride, panel, depth, begin, ahead, f);
-      if (count == 6) multiply_tile<T, 6>(from, stride, panel, depth, begin, ahead, f);
+  for (int64_t first_tile = 0; first_tile < tiles; first_tile += kHeldTiles) {
+    const int64_t last_tile = tiles - first_tile < kHeldTiles ? tiles : first_tile + kHeldTiles;
+    const int64_t first = rows * first_tile / tiles, last = rows * last_tile / tiles;
+    for (int64_t k = 0; k < depth; k += kPieceDepth) {
+      const int64_t count = depth - k < kPieceDepth ? depth - k : kPieceDepth;
+      const Operand<T>* piece = panel + k * kStep;
+      const char* following = reinterpret_cast<const char*>(k + count < depth ? piece + count * kStep : next);
+      for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+        const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles, at = tile - first_tile;
+        // What follows once, a quarter a tile; then lines that are here already.
+        const char* ahead = at < kBlockVectors ? following + at * count * 64 : reinterpret_cast<const char*>(piece);
+        if (k + count == depth) {
+          for (int64_t row = begin; row < end; ++row) f.fetch(row);
+        }
+        multiply_tile<T>(end - begin, a + begin * stride + k * kDeep<T>, stride, piece, count, ahead, k > 0,
+                         sums + (begin - first));
+      }
     }
+    for (int64_t row = first; row < last; ++row) f(row, sums[row - first]);
   }
 }
 
@@ -349,10 +391,11 @@ inline void dot_columns(const Operand<T>* a, const T* weights, int64_t common, i
 // `value` of kLanes units, rounded to T: to `to`, and to the operand row `row`. Returns what an operand holds.
 template <class T, class Part>
 inline void store_both(T* to, Operand<T>* row, Vec<AccOf<T>> value, Part part) {
-  if (to != nullptr) part.store(to, value);
   if constexpr (std::is_same_v<Operand<T>, T>) {
     part.store(row, value);
+    if (to != nullptr) part.copy(to, row);
   } else {
+    if (to != nullptr) part.store(to, value);
     T rounded[kLanes<AccOf<T>>];
     store(rounded, value);
     part.store(row, load(rounded));
