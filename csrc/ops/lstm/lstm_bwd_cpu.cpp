@@ -1,5 +1,5 @@
 // The recurrence of an LSTM layer, backward, compiled once per instruction set.
-#include "ops/lstm/lstm_product.h"
+#include "ops/lstm/lstm_blocks.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
@@ -110,37 +110,17 @@ struct Backward {
     }
   }
 
-  // Blocks [begin, end) of a product: make(first column) gives what becomes of the sums of a row.
-  template <class Panel, class Make>
-  static void multiply(bool packed, const Operand<T>* a, int64_t stride, int64_t rows, const T* weights, int64_t common,
-                       int64_t cols, int64_t begin, int64_t end, Panel&& panel, Make&& make) {
-    if (packed) {
-      for (int64_t block = begin; block < end; ++block) {
-        multiply_rows<T>(a, stride, rows, panel(block), panel(block + 1 < end ? block + 1 : begin), depth_of<T>(common),
-                         make(block * kBlockColumns<T>));
-      }
-      return;
-    }
-    constexpr int kBlocks = 16;  // at a time, for long runs of memory; their sums are 4096 bytes
-    for (int64_t block = begin; block < end; block += kBlocks) {
-      const int64_t blocks = end - block < kBlocks ? end - block : kBlocks;
-      for (int64_t b = 0; b < rows; ++b) {
-        Vec<Acc> sums[kBlocks][kBlockVectors];
-        dot_columns<T>(a + b * stride, weights, common, cols, block * kBlockColumns<T>, blocks * kBlockVectors, sums[0]);
-        for (int64_t i = 0; i < blocks; ++i) make((block + i) * kBlockColumns<T>)(b, sums[i]);
-      }
-    }
-  }
-
   void step(bool packed, int64_t step, bool projection, int64_t begin, int64_t end) const {
     if (projection) {
-      multiply(packed, inner(), inner_stride, count(step), static_cast<const T*>(p.w_hr), R, H, begin, end,
-               [&](int64_t block) { return hr_panel(block); }, [&](int64_t first) { return Units{*this, step, first}; });
+      multiply_column_blocks<T>(
+          packed, inner(), inner_stride, count(step), static_cast<const T*>(p.w_hr), R, H, begin, end,
+          [&](int64_t block) { return hr_panel(block); }, [&](int64_t first) { return Units{*this, step, first}; });
       return;
     }
     const int64_t rows = count(step + 1);
-    multiply(packed, dgates(step + 1), d_stride, rows, static_cast<const T*>(p.w_hh), 4 * H, R, begin, end,
-             [&](int64_t block) { return hh_panel(block); }, [&](int64_t first) { return Arrived{*this, step, first}; });
+    multiply_column_blocks<T>(
+        packed, dgates(step + 1), d_stride, rows, static_cast<const T*>(p.w_hh), 4 * H, R, begin, end,
+        [&](int64_t block) { return hh_panel(block); }, [&](int64_t first) { return Arrived{*this, step, first}; });
     for (int64_t block = begin; block < end; ++block) {
       for (int64_t b = rows; b < count(step); ++b) {
         for (int v = 0; v < kBlockVectors; ++v) {
