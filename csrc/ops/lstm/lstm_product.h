@@ -97,13 +97,6 @@ inline void multiply_tile(const Operand<T>* a, int64_t stride, const Operand<T>*
   constexpr int kTurns = kRows >= 3 || kVectorBytes != 64 ? 1 : kRows == 2 ? 2 : 4;
   constexpr int64_t kStep = kVectors * kLanes<Acc> * kDeep<T>;
   Vec<Acc> sums[kTurns][kRows][kVectors] = {};
-  if (add) {
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[0][r][v] = totals[r][v];
-    }
-  }
   int64_t k = 0;
   for (; k + kTurns <= depth; k += kTurns) {
     __builtin_prefetch(ahead + k * 64, 0, 2);
@@ -136,9 +129,10 @@ inline void multiply_tile(const Operand<T>* a, int64_t stride, const Operand<T>*
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      totals[r][v] = sums[0][r][v];
+      Vec<Acc> total = sums[0][r][v];
 #pragma GCC unroll 4
-      for (int turn = 1; turn < kTurns; ++turn) totals[r][v] += sums[turn][r][v];
+      for (int turn = 1; turn < kTurns; ++turn) total += sums[turn][r][v];
+      totals[r][v] = add ? totals[r][v] + total : total;
     }
   }
 }
@@ -157,7 +151,9 @@ inline void multiply_tile(int64_t rows, const Operand<T>* a, int64_t stride, con
 }
 
 constexpr int kHeldTiles = 12;
-constexpr int64_t kPieceDepth = 512;  // of a panel: up to 128 KiB, with rows and the next piece beside it in a cache of 1 MiB
+// Of a panel: up to 64 KiB, with rows and the next piece beside it in the second cache. A sum of such sums is also
+// closer to the truth than one sum of all.
+constexpr int64_t kPieceDepth = 256;
 
 // Calls f(row, sums), and some time before f.fetch(row), for the products of rows [0, rows) with a panel, in tiles as
 // equal as can be. `next` is the panel of the product that follows: the weights of all panels are more than the nearer

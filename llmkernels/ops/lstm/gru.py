@@ -1,5 +1,5 @@
-"""gru and gru_cell: the kernels' schemas, fakes, autograd and backends, and what users call, with the layers, lengths and
-packed sequences of layout.py.
+"""gru and gru_cell: the kernels' schemas, fakes, autograd and backends, and what users call, with the layers, lengths
+and packed sequences of layout.py.
 """
 
 from collections.abc import Sequence
