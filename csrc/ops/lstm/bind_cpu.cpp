@@ -60,6 +60,40 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> recurrenc
   return {only(out.dgates, wanted[0]), only(out.dh0, wanted[1]), only(out.dc0, wanted[2]), dw_hh, dw_hr};
 }
 
+// x @ weights^T + bias, or x @ weights if `columns`.
+at::Tensor rows_product(const at::Tensor& x, const at::Tensor& weights, const OptionalTensor& bias, bool columns) {
+  const char* op = "rows_product";
+  RowsProductParams p{};
+  p.dtype = dtype_of(op, "x", x);
+  TORCH_CHECK_VALUE(x.dim() == 2 && weights.dim() == 2, op, ": x and weights have shapes ", x.sizes(), " and ",
+                    weights.sizes(), ", expected two dimensions each");
+  p.rows = x.size(0);
+  p.common = x.size(1);
+  p.cols = weights.size(columns ? 1 : 0);
+  p.columns = columns;
+  const std::array<int64_t, 2> shape = {columns ? p.common : p.cols, columns ? p.cols : p.common};
+  const at::Tensor w = contiguous_like(op, "weights", &weights, x, x.scalar_type(), shape);
+  const at::Tensor b = contiguous_like(op, "bias", get(bias), x, x.scalar_type(), {p.cols});
+  const at::Tensor rows = x.contiguous();
+  at::Tensor out = empty({p.rows, p.cols}, x.options());
+  p.x = pointer(rows);
+  p.weights = pointer(w);
+  p.bias = pointer(b);
+  p.out = pointer(out);
+  if (out.numel() == 0) return out;
+  const cpu::RowsProductLayout l = LLMKERNELS_CPU_DISPATCH(rows_product_layout)(p);
+  const auto memory = [](int64_t bytes) { return empty({bytes}, at::TensorOptions().dtype(at::kByte)); };
+  const at::Tensor panels = memory(l.blocks * l.panel_bytes);
+  at::parallel_for(0, l.blocks, 1, [&](int64_t begin, int64_t end) {
+    LLMKERNELS_CPU_DISPATCH(rows_product_pack)(p, pointer(panels), begin, end);
+  });
+  at::parallel_for(0, (p.rows + l.group - 1) / l.group, 1, [&](int64_t begin, int64_t end) {
+    const at::Tensor operand = memory(l.operand_bytes);
+    LLMKERNELS_CPU_DISPATCH(rows_product)(p, pointer(panels), pointer(operand), begin, end);
+  });
+  return out;
+}
+
 template <class Params>
 auto over_units(void (*kernel)(const Params&, int64_t, int64_t)) {
   return [kernel](const Params& p) {
@@ -83,6 +117,7 @@ std::tuple<at::Tensor, at::Tensor> cell_bwd(const OptionalTensor& dh, const Opti
 TORCH_LIBRARY_IMPL(llmkernels_cpu, CPU, m) {
   m.impl("lstm_cell_fwd", cell_fwd);
   m.impl("lstm_cell_bwd", cell_bwd);
+  m.impl("rows_product", rows_product);
   m.impl("lstm_recurrence_fwd", recurrence_fwd);
   m.impl("lstm_recurrence_bwd", recurrence_bwd);
 }

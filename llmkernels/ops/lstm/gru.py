@@ -156,10 +156,12 @@ def run_batch(input, hx, params, has_biases, num_layers, dropout, train, bidirec
     directions = 2 if bidirectional else 1
     hidden, _ = check_layers(rows, layers, directions, op="gru", gates=GATES)
 
+    native = registry.forced_backend(backend) in (None, "cpu")
+
     def recur(rows: Tensor, given: tuple[Tensor, ...], batch_sizes: Tensor | None) -> layout.Result:
         def one(rows: Tensor, index: int, reverse: bool, _last: bool):
             layer = layers[index]
-            gates_x = linear(rows, layer.w_ih, layer.b_ih).to(rows.dtype)
+            gates_x = linear(rows, layer.w_ih, layer.b_ih, native).to(rows.dtype)
             tensors = (gates_x, given[0][index], layer.w_hh, layer.b_hh)
             y, h_n = _recurrence(*tensors, batch_sizes, reverse, registry.pick("gru", tensors, backend))
             return y, (h_n,), None
