@@ -57,7 +57,8 @@ struct Call {
   // Rows without a sequence are zero.
   at::Tensor make(bool wanted, int64_t cols) const {
     if (!wanted) return empty({0}, like.options());
-    return steps->gaps() ? at::zeros({rows, cols}, like.options()) : empty({rows, cols}, like.options());
+    const auto options = like.options();
+    return steps->gaps() ? at::zeros({rows, cols}, options) : on_large_pages(empty({rows, cols}, options));
   }
   bool nothing() const { return batch * hidden == 0; }
 

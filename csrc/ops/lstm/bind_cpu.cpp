@@ -75,7 +75,7 @@ at::Tensor rows_product(const at::Tensor& x, const at::Tensor& weights, const Op
   const at::Tensor w = contiguous_like(op, "weights", &weights, x, x.scalar_type(), shape);
   const at::Tensor b = contiguous_like(op, "bias", get(bias), x, x.scalar_type(), {p.cols});
   const at::Tensor rows = x.contiguous();
-  at::Tensor out = empty({p.rows, p.cols}, x.options());
+  at::Tensor out = on_large_pages(empty({p.rows, p.cols}, x.options()));
   p.x = pointer(rows);
   p.weights = pointer(w);
   p.bias = pointer(b);
