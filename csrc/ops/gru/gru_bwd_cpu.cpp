@@ -59,21 +59,22 @@ struct GRUBackward {
     const GRUBackward& of;
     int64_t step, first;
 
-    void fetch(int64_t b) const {
+    template <class Where>
+    void fetch(int64_t b, Where) const {
       if (b >= of.count(step)) return;
       const GRUBwdParams& p = of.p;
       const int64_t H = of.H, row = p.at.first[step] + b;
       const int64_t cols = H - first < kBlockColumns<T> ? H - first : kBlockColumns<T>;
       for (int q = 0; q < 4; ++q) {
-        CPU_CAPABILITY::fetch(static_cast<const T*>(p.gates) + (row * 4 + q) * H + first, cols);
+        CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(p.gates) + (row * 4 + q) * H + first, cols);
       }
       for (int q = 0; q < kGruGates; ++q) {
         const int64_t at = (row * kGruGates + q) * H + first;
-        CPU_CAPABILITY::fetch(static_cast<const T*>(p.dgates_x) + at, cols);
-        if (p.dgates_h != nullptr) CPU_CAPABILITY::fetch(static_cast<const T*>(p.dgates_h) + at, cols);
+        CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(p.dgates_x) + at, cols);
+        if (p.dgates_h != nullptr) CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(p.dgates_h) + at, cols);
       }
-      CPU_CAPABILITY::fetch(of.h_before(step, b) + first, cols);
-      if (p.dy != nullptr) CPU_CAPABILITY::fetch(static_cast<const T*>(p.dy) + row * H + first, cols);
+      CPU_CAPABILITY::fetch<Where>(of.h_before(step, b) + first, cols);
+      if (p.dy != nullptr) CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(p.dy) + row * H + first, cols);
     }
 
     void operator()(int64_t b, const Vec<Acc> (&dh)[kBlockVectors]) const {

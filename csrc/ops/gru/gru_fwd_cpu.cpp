@@ -30,14 +30,15 @@ struct GRUForward {
     const GRUForward& of;
     int64_t step, unit;
 
-    void fetch(int64_t b) const {
+    template <class Where>
+    void fetch(int64_t b, Where) const {
       const int64_t row = of.p.at.first[step] + b, H = of.H;
       for (int q = 0; q < kGruGates; ++q) {
-        CPU_CAPABILITY::fetch(static_cast<const T*>(of.p.gates_x) + (row * kGruGates + q) * H + unit, kUnits);
+        CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(of.p.gates_x) + (row * kGruGates + q) * H + unit, kUnits);
       }
       if (of.p.gates == nullptr) return;
       for (int q = 0; q < 4; ++q) {
-        CPU_CAPABILITY::fetch(static_cast<const T*>(of.p.gates) + (row * 4 + q) * H + unit, kUnits);
+        CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(of.p.gates) + (row * 4 + q) * H + unit, kUnits);
       }
     }
 

@@ -73,8 +73,9 @@ struct Backward {
     const Backward& of;
     int64_t step, first;
 
-    void fetch(int64_t b) const {
-      if (of.p.w_hr == nullptr) of.fetch(step, b, first);
+    template <class Where>
+    void fetch(int64_t b, Where) const {
+      if (of.p.w_hr == nullptr) of.template fetch<Where>(step, b, first);
     }
     void operator()(int64_t b, const Vec<Acc> (&dh)[kBlockVectors]) const {
       for (int v = 0; v < kBlockVectors; ++v) of.arrived(step, b, first + v * kUnits, dh[v], true);
@@ -85,7 +86,8 @@ struct Backward {
     const Backward& of;
     int64_t step, first;
 
-    void fetch(int64_t b) const { of.fetch(step, b, first); }
+    template <class Where>
+    void fetch(int64_t b, Where) const { of.template fetch<Where>(step, b, first); }
     void operator()(int64_t b, const Vec<Acc> (&dm)[kBlockVectors]) const {
       for (int v = 0; v < kBlockVectors; ++v) {
         const int64_t unit = first + v * kUnits;
@@ -95,18 +97,19 @@ struct Backward {
   };
 
   // What the units of a block read and write of sequence `b`.
+  template <class Where>
   void fetch(int64_t step, int64_t b, int64_t first) const {
     if (b >= count(step)) return;
     const int64_t row = p.at.first[step] + b, cols = H - first < kBlockColumns<T> ? H - first : kBlockColumns<T>;
     for (int q = 0; q < 4; ++q) {
       const int64_t at = (row * 4 + q) * H + first;
-      CPU_CAPABILITY::fetch(static_cast<const T*>(p.gates) + at, cols);
-      CPU_CAPABILITY::fetch(static_cast<const T*>(p.dgates) + at, cols);
+      CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(p.gates) + at, cols);
+      CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(p.dgates) + at, cols);
     }
-    CPU_CAPABILITY::fetch(static_cast<const Acc*>(p.cells) + row * H + first, cols);
-    if (p.dy != nullptr && p.w_hr == nullptr) CPU_CAPABILITY::fetch(static_cast<const T*>(p.dy) + row * R + first, cols);
+    CPU_CAPABILITY::fetch<Where>(static_cast<const Acc*>(p.cells) + row * H + first, cols);
+    if (p.dy != nullptr && p.w_hr == nullptr) CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(p.dy) + row * R + first, cols);
     if (b < count(step - 1)) {
-      CPU_CAPABILITY::fetch(static_cast<const Acc*>(p.cells) + (p.at.first[step - 1] + b) * H + first, cols);
+      CPU_CAPABILITY::fetch<Where>(static_cast<const Acc*>(p.cells) + (p.at.first[step - 1] + b) * H + first, cols);
     }
   }
 

@@ -37,12 +37,13 @@ struct Forward {
     const Forward& of;
     int64_t step, unit;
 
-    void fetch(int64_t b) const {
+    template <class Where>
+    void fetch(int64_t b, Where) const {
       const LSTMFwdParams& p = of.p;
       const int64_t row = p.at.first[step] + b, wide = (row * 4) * of.H + unit;
       for (int q = 0; q < 4; ++q) {
-        CPU_CAPABILITY::fetch(static_cast<const T*>(p.gates_x) + wide + q * of.H, kUnits);
-        if (p.gates != nullptr) CPU_CAPABILITY::fetch(static_cast<const T*>(p.gates) + wide + q * of.H, kUnits);
+        CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(p.gates_x) + wide + q * of.H, kUnits);
+        if (p.gates != nullptr) CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(p.gates) + wide + q * of.H, kUnits);
       }
     }
 
@@ -73,7 +74,8 @@ struct Forward {
     const Forward& of;
     int64_t step, first;
 
-    void fetch(int64_t) const {}
+    template <class Where>
+    void fetch(int64_t, Where) const {}
 
     void operator()(int64_t b, const Vec<Acc> (&products)[kBlockVectors]) const {
       T* y = static_cast<T*>(of.p.y) + (of.p.at.first[step] + b) * of.R;

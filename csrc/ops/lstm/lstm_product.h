@@ -80,11 +80,21 @@ inline void multiply_add(Vec<AccOf<T>>& sum, Vec<AccOf<T>> a, Vec<AccOf<T>> w) {
   sum += a * w;
 }
 
-// Lines of the cache for what `count` elements at `from` are on their way to be read or written.
-template <class T>
+// Into which cache: rows of a step are often a multiple of 4096 bytes apart, so that the first cache has room for a few
+// of them only.
+struct Near {
+  static constexpr int kLocality = 3;
+};
+struct Far {
+  static constexpr int kLocality = 2;
+};
+constexpr int kRowsAhead = 4;  // that are near while a row is finished
+
+// The lines of `count` elements at `from`, soon to be read or written.
+template <class Where, class T>
 inline void fetch(const T* from, int64_t count) {
   for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + byte, 0, 3);
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + byte, 0, Where::kLocality);
   }
 }
 
@@ -155,7 +165,7 @@ constexpr int kHeldTiles = 12;
 // closer to the truth than one sum of all.
 constexpr int64_t kPieceDepth = 256;
 
-// Calls f(row, sums), and some time before f.fetch(row), for the products of rows [0, rows) with a panel, in tiles as
+// Calls f(row, sums), and before f.fetch(row, Far{}) and f.fetch(row, Near{}), for the products of rows [0, rows) with a panel, in tiles as
 // equal as can be. `next` is the panel of the product that follows: the weights of all panels are more than the nearer
 // caches hold, and so is what a step reads and writes.
 //
@@ -179,13 +189,16 @@ inline void multiply_rows(const Operand<T>* a, int64_t stride, int64_t rows, con
         // What follows once, a line of each vector's weights a tile; then lines that are here already.
         const char* ahead = at < kVectors ? following + at * count * 64 : reinterpret_cast<const char*>(piece);
         if (k + count == depth) {
-          for (int64_t row = begin; row < end; ++row) f.fetch(row);
+          for (int64_t row = begin; row < end; ++row) f.fetch(row, Far{});
         }
         multiply_tile<T, kVectors>(end - begin, a + begin * stride + k * kDeep<T>, stride, piece, count, ahead, k > 0,
                          sums + (begin - first));
       }
     }
-    for (int64_t row = first; row < last; ++row) f(row, sums[row - first]);
+    for (int64_t row = first; row < last; ++row) {
+      if (row + kRowsAhead < last) f.fetch(row + kRowsAhead, Near{});
+      f(row, sums[row - first]);
+    }
   }
 }
 

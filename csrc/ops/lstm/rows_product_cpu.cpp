@@ -23,8 +23,9 @@ struct RowsProduct {
     int64_t first_row, first;
 
     T* out(int64_t row) const { return static_cast<T*>(p.out) + (first_row + row) * p.cols + first; }
-    void fetch(int64_t row) const {
-      CPU_CAPABILITY::fetch(out(row), p.cols - first < kBlockColumns<T> ? p.cols - first : kBlockColumns<T>);
+    template <class Where>
+    void fetch(int64_t row, Where) const {
+      CPU_CAPABILITY::fetch<Where>(out(row), p.cols - first < kBlockColumns<T> ? p.cols - first : kBlockColumns<T>);
     }
     void operator()(int64_t row, const Vec<Acc> (&sums)[kBlockVectors]) const {
       for (int v = 0; v < kBlockVectors; ++v) {
