@@ -20,6 +20,8 @@ of both is a sum of integers, exact in 32 bits for K up to 133,000, and then sca
 A row of x with a NaN or an infinity gives a row of NaN.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -122,20 +124,24 @@ def _kernel(x: Tensor, weight: QuantizedTensor):
     return chosen.fwd if chosen.name == "cpu" else None
 
 
-def integers_for(x: Tensor, weight: QuantizedTensor | None) -> Tensor | None:
-    """What `linear` of many x takes as `integers`: made once, and not at all where a kernel reads the bytes."""
-    return None if weight is None or _kernel(x, weight) is not None else weight.data.float()
-
-
-def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None, *, integers: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
     """x `[M, K]` times the transposed weight, plus bias `[N]`, with int8 activations: fp32 `[M, N]`.
 
-    `integers` is from `integers_for`, for callers who need it often. The native kernel gives the same bits.
+    The native kernel gives the same bits.
     """
-    kernel = _kernel(x, weight)
+    return linear_for(x, weight, bias)(x)
+
+
+def linear_for(like: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """`linear` as a function of x, for many x of the device and dtype of `like`: what it takes is made once."""
+    kernel, wide = _kernel(like, weight), None if bias is None else bias.float()
     if kernel is not None:
-        wide = None if bias is None else bias.float()
-        return kernel(x.float(), weight.data, weight.scales, None, None, wide, "int8", 0, "int8")
-    values, scales = quantize_rows(x)
-    y = integer_product(values, weight.data if integers is None else integers).float() * (scales * weight.scales)
-    return y if bias is None else y + bias.float()
+        return lambda x: kernel(x.float(), weight.data, weight.scales, None, None, wide, "int8", 0, "int8")
+    integers = weight.data.float()
+
+    def product(x: Tensor) -> Tensor:
+        values, scales = quantize_rows(x)
+        y = integer_product(values, integers).float() * (scales * weight.scales)
+        return y if wide is None else y + wide
+
+    return product

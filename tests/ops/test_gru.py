@@ -7,10 +7,11 @@ import torch
 from torch.nn.utils import rnn
 
 import llmkernels
-from llmkernels import functional, nn
+from llmkernels import _native, functional, nn
 from llmkernels.ops.lstm import cases, gru_reference
 from llmkernels.testing.battery import failures, judge_results
 from llmkernels.testing.inputs import outputs_and_gradients, short_name
+from tests.support import with_threads
 
 X, LENGTHS = torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([2, 6, 4])
 GRID = list(itertools.product((1, 2), (False, True), (False, True), (False, True)))
@@ -28,6 +29,11 @@ def pair(dtype=torch.float32, **options):
     theirs, ours = torch.nn.GRU(8, 12, dtype=dtype, **options), nn.GRU(8, 12, dtype=dtype, **options)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
+
+
+def skip_unless_built(backend):
+    if backend == "cpu" and _native.why_absent("cpu"):
+        pytest.skip(f"cpu: {_native.why_absent('cpu')}")
 
 
 # Deliberately wrong formulas: the rule has to reject each of them.
@@ -76,11 +82,14 @@ def test_rule_rejects_wrong_variants(dtype, wrong):
     assert (found == []) == (wrong is None), found
 
 
+@pytest.mark.parametrize("backend", ("torch", "cpu"))
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=short_name)
 @pytest.mark.parametrize("kind", ("dense", "packed", "sorted", "lengths", "unbatched"))
-def test_equals_torchs_module(dtype, kind):
+def test_equals_torchs_module(backend, dtype, kind):
+    skip_unless_built(backend)
     for layers, bidirectional, bias, batch_first in GRID:
         theirs, ours = pair(dtype, num_layers=layers, bidirectional=bidirectional, bias=bias, batch_first=batch_first)
+        ours.backend = backend
         x = X.to(dtype).transpose(0, int(batch_first)).contiguous()
         hx = torch.randn(layers * (2 if bidirectional else 1), 3, 12, dtype=dtype)
         lengths = torch.tensor([6, 4, 4]) if kind == "sorted" else LENGTHS
@@ -108,9 +117,11 @@ def test_equals_torchs_module(dtype, kind):
         torch.testing.assert_close(*grads, **TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("backend", ("torch", "cpu"))
 @pytest.mark.parametrize("bias", (True, False))
-def test_cell_equals_torchs(bias):
-    theirs, ours = torch.nn.GRUCell(8, 12, bias), nn.GRUCell(8, 12, bias)
+def test_cell_equals_torchs(bias, backend):
+    skip_unless_built(backend)
+    theirs, ours = torch.nn.GRUCell(8, 12, bias), nn.GRUCell(8, 12, bias, backend=backend)
     ours.load_state_dict(theirs.state_dict())
     h = torch.randn(3, 12)
     for x, state in ((X[0], h), (X[0], None), (X[0, 0], h[0]), (X[0, 0], None)):
@@ -142,6 +153,82 @@ def test_backward_is_the_formulas_in_fp64(counts, reverse):
         y, _, gates = gru_reference.gru_recurrence_fwd(*leaves, counts, reverse, True)
         found = gru_reference.gru_recurrence_bwd(*arriving, *leaves[1:3], counts, reverse, y, gates, [True] * 4)
     torch.testing.assert_close(found, tuple(expected))
+
+
+SMALL = (  # one case of each shape of tile and way of reading the weights
+    {"B": 1, "T": 3, "H": 37}, {"B": 2, "T": 3, "H": 37}, {"B": 4, "T": 5, "H": 70, "bias": False},
+    {"B": 13, "T": 2, "H": 130, "lengths": (2,) * 6 + (1,) * 7, "bidirectional": True},
+    {"B": 75, "T": 2, "H": 70}, {"B": 3, "T": 2, "H": 270},  # rows finished apart, sums of several pieces
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=short_name)
+def test_every_instruction_set(dtype, isa, poison):
+    for options in SMALL:
+        case = cases.LSTMCase("gru", dtype=dtype, **options)
+        inputs = cases.make_inputs(case)
+        results = outputs_and_gradients(inputs, lambda leaves, case=case: cases.call(case, leaves, "cpu"))
+        assert failures(judge_results(cases, case, inputs, results)) == [], options
+
+
+@pytest.mark.parametrize("options", ({}, {"bidirectional": True, "layers": 2}, {"batch_first": True}))
+def test_nothing_is_read_past_a_length(options, poison):
+    skip_unless_built("cpu")
+    case = cases.LSTMCase("gru", T=6, B=4, lengths=(3, 6, 1, 5), **options)
+    inputs = cases.make_inputs(case)
+    late = torch.arange(6)[:, None] >= torch.tensor(case.lengths)
+    late = late.t() if case.batch_first else late
+    spoiled = inputs.replace(input=inputs.input.masked_fill(late[..., None], float("nan")))
+    found = [outputs_and_gradients(i, lambda leaves: cases.call(case, leaves, "cpu")) for i in (inputs, spoiled)]
+    for name, expected in found[0].items():
+        assert torch.equal(found[1][name], expected), name
+    assert not found[0]["output"][late].any()
+
+
+def test_room_for_all_sequences_or_none():
+    """The two layouts of ragged rows, of every backend with the raw op."""
+    generator = torch.Generator().manual_seed(2)
+    normal = lambda *shape: torch.randn(shape, generator=generator)
+    counts, gates_x, h0, w_hh, b_hh = (
+        torch.tensor([3, 2, 2, 0]),
+        normal(12, 30),
+        normal(3, 10),
+        normal(30, 10),
+        normal(30),
+    )
+    live = (torch.arange(3) < counts[:, None]).flatten()
+    dy, dh = normal(12, 10), normal(3, 10)
+    results = []
+    for space, reverse in itertools.product(("torch", "cpu"), (False, True)):
+        if space == "cpu" and _native.why_absent("cpu"):
+            continue
+        ops = getattr(torch.ops, f"llmkernels_{space}")
+        for rows in (slice(None), live):
+            y, h_n, gates = ops.gru_recurrence_fwd(gates_x[rows], h0, w_hh, b_hh, counts, reverse, True)
+            grads = ops.gru_recurrence_bwd(dy[rows], dh, h0, w_hh, counts, reverse, y, gates, [True] * 4)
+            if rows is not live:
+                assert not y[~live].any() and not grads[0][~live].any()
+                y, gates, grads = y[live], gates[live], (grads[0][live], *grads[1:])
+            results.append((reverse, (y, h_n, gates, *grads)))
+    for reverse in (False, True):
+        first, *others = (found for own, found in results if own == reverse)
+        for other in others:
+            torch.testing.assert_close(other, first, rtol=1e-5, atol=1e-5)
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    skip_unless_built("cpu")
+    raw, (rows, H) = torch.ops.llmkernels_cpu, (54, 300)
+    gates_x, fixed = torch.randn(rows, 3 * H), (torch.randn(9, H), torch.randn(3 * H, H))
+    b_hh = torch.randn(3 * H)
+
+    def run():
+        y, h_n, gates = raw.gru_recurrence_fwd(gates_x, *fixed, b_hh, None, False, True)
+        return y, h_n, gates, *raw.gru_recurrence_bwd(y, h_n, *fixed, None, False, y, gates, [True, True, False, False])
+
+    first, *others = with_threads(run)
+    for other in others:
+        assert all(map(torch.equal, other, first))
 
 
 def test_double_backward_and_transforms():
@@ -199,8 +286,9 @@ def test_compile_of_a_cell_loop_and_export():
     torch.testing.assert_close(program.module()(X), ours(X))
 
 
-@pytest.mark.parametrize("space", ("llmkernels", "llmkernels_torch"))
+@pytest.mark.parametrize("space", ("llmkernels", "llmkernels_torch", "llmkernels_cpu"))
 def test_raw_ops_pass_opcheck(space):
+    skip_unless_built(space.removeprefix("llmkernels_"))
     ops = getattr(torch.ops, space)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for bias, counts, rows in ((None, None, 9), (torch.randn(15), torch.tensor([3, 2, 1]), 6)):
@@ -266,7 +354,7 @@ def test_bad_arguments_have_one_clear_message():
         (ValueError, "gru_cell: b_hh has shape", lambda: cell(X[0], s, *c[:3], c[3][:5])),
         (ValueError, "GRUCell: input has shape", lambda: nn.GRUCell(8, 12)(X)),
         (TypeError, "proj_size", lambda: nn.GRU(8, 12, proj_size=4)),
-        (llmkernels.NoBackendError, "gru: backend 'cpu' cannot run this call", lambda: gru(backend="cpu")),
+        (llmkernels.NoBackendError, "gru: backend 'cuda' cannot run this call", lambda: gru(backend="cuda")),
         (llmkernels.NoBackendError, "gru_cell: backend 'triton'", lambda: cell(X[0], s, *c, backend="triton")),
     ]  # fmt: skip
     for error, message, call in wrong:

@@ -253,6 +253,7 @@ def test_room_for_all_sequences_or_none():
 SMALL = (  # one case of each shape of tile and way of reading the weights
     {"B": 1, "T": 3, "H": 37}, {"B": 2, "T": 3, "H": 37}, {"B": 4, "T": 5, "H": 70, "proj": 33},
     {"B": 13, "T": 2, "H": 130, "lengths": (2,) * 6 + (1,) * 7, "bidirectional": True},
+    {"B": 75, "T": 2, "H": 70}, {"B": 3, "T": 2, "H": 270},  # rows finished apart, sums of several pieces
 )  # fmt: skip
 
 

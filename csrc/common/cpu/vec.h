@@ -234,6 +234,10 @@ struct Whole {
     return CPU_CAPABILITY::load(from);
   }
   template <class T>
+  void copy(T* to, const T* from) const {
+    __builtin_memcpy(to, from, kLanes<AccOf<T>> * sizeof(T));
+  }
+  template <class T>
   void store(T* to, Vec<AccOf<T>> value) const {
     CPU_CAPABILITY::store(to, value);
   }
@@ -244,6 +248,10 @@ struct Whole {
 };
 struct Tail {
   int count;
+  template <class T>
+  void copy(T* to, const T* from) const {
+    for (int i = 0; i < count; ++i) to[i] = from[i];
+  }
   template <class T>
   Vec<AccOf<T>> load(const T* from) const {
     return load_tail(from, count);

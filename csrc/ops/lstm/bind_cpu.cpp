@@ -2,120 +2,31 @@
 // instruction set.
 #include <torch/library.h>
 
-#include <cstring>
-
 #include "common/cpu/isa.h"
 #include "ops/lstm/lstm_cpu.h"
+#include "ops/lstm/lstm_run.h"
 #include "ops/lstm/lstm_torch.h"
 #include "torch/cpu.h"
 #include "torch/product.h"
-#include "torch/team.h"
 
 namespace llmkernels {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// Multiplications of a step that are worth one more thread: some microseconds, a few times what the barrier takes.
-constexpr int64_t kThreadWork = 65536;
-
-class Memory {
- public:
-  Memory(const cpu::LSTMLayout& l, const LSTMSteps& at, int64_t acc_bytes, bool forward) {
-    const bool inner = l.inner_operand_bytes > 0;
-    const int64_t sizes[] = {l.packed ? l.hh_blocks * l.hh_panel_bytes : 0,
-                             l.packed ? l.hr_blocks * l.hr_panel_bytes : 0,
-                             l.operand_bytes,
-                             l.operand_bytes,
-                             inner ? l.inner_operand_bytes : 0,
-                             at.batch * at.hidden * acc_bytes,
-                             forward ? 0 : at.batch * at.size * acc_bytes};
-    int64_t total = 0;
-    for (const int64_t size : sizes) total += rounded(size);
-    owner_ = empty({total}, at::TensorOptions().dtype(at::kByte));
-    char* at_byte = static_cast<char*>(owner_.data_ptr());
-    void** const places[] = {&scratch.hh_panels, &scratch.hr_panels, &scratch.operand[0], &scratch.operand[1],
-                             &scratch.inner,     &scratch.c,         &scratch.dh};
-    for (size_t i = 0; i < std::size(sizes); ++i) {
-      *places[i] = at_byte;
-      at_byte += rounded(sizes[i]);
-    }
-  }
-
-  cpu::LSTMScratch scratch{};
-
- private:
-  static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-  at::Tensor owner_;
-};
-
-// The kernels of one direction of the computation.
 template <class Params>
-struct Sequence {
-  void (*begin)(const Params&, const cpu::LSTMScratch&);
-  void (*pack)(const Params&, const cpu::LSTMScratch&, bool, int64_t, int64_t);
-  void (*step)(const Params&, const cpu::LSTMScratch&, bool, int64_t, bool, int64_t, int64_t);
-  void (*end)(const Params&, const cpu::LSTMScratch&);
-  bool forward;
-};
-
-template <class Params>
-void run(const Params& p, const Sequence<Params>& kernels) {
-  const bool projection = p.w_hr != nullptr, forward = kernels.forward;
-  const cpu::LSTMLayout l = LLMKERNELS_CPU_DISPATCH(lstm_layout)(p.dtype, p.at, projection, forward);
-  const Memory memory(l, p.at, p.dtype == DType::kFloat64 ? 8 : 4, forward);
-  kernels.begin(p, memory.scratch);
-  const int64_t work = p.at.batch * p.at.hidden * (4 * p.at.size + (projection ? p.at.size : 0));
-  const int64_t threads = std::min((work + kThreadWork - 1) / kThreadWork, l.hh_blocks);
-  with_team(threads, [&](int64_t thread, int64_t team, auto&& wait) {
-    // A thread keeps its blocks for all steps: their panels stay in its cache.
-    const auto share = [&](int64_t blocks, int64_t of) { return blocks * of / team; };
-    const int64_t hh[] = {share(l.hh_blocks, thread), share(l.hh_blocks, thread + 1)};
-    const int64_t hr[] = {share(l.hr_blocks, thread), share(l.hr_blocks, thread + 1)};
-    if (l.packed) {
-      kernels.pack(p, memory.scratch, false, hh[0], hh[1]);
-      if (projection) kernels.pack(p, memory.scratch, true, hr[0], hr[1]);
-    }
-    const int64_t first = forward ? 0 : p.at.steps - 1, behind = forward ? p.at.steps : -2;
-    for (int64_t step = first; step != behind; step += forward ? 1 : -1) {
-      kernels.step(p, memory.scratch, l.packed, step, false, hh[0], hh[1]);
-      wait();
-      if (!projection || step < 0) continue;
-      kernels.step(p, memory.scratch, l.packed, step, true, hr[0], hr[1]);
-      wait();
-    }
-  });
-  kernels.end(p, memory.scratch);
-}
-
-// The rows of h before every step: what the gradient of w_hh is a product with.
-at::Tensor rows_before(const at::Tensor& y, const at::Tensor& h0, const Steps& steps) {
-  const LSTMSteps& at = steps.at();
-  at::Tensor before = steps.gaps() ? at::zeros(y.sizes(), y.options()) : empty(y.sizes(), y.options());
-  const int64_t row_bytes = at.size * y.element_size();
-  char* to = static_cast<char*>(before.data_ptr());
-  const char* from = static_cast<const char*>(y.data_ptr());
-  const char* start = static_cast<const char*>(h0.data_ptr());
-  at::parallel_for(0, at.steps, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, at.batch * at.size)),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t step = begin; step < end; ++step) {
-                       for (int64_t b = 0; b < at.count[step]; ++b) {
-                         const int64_t row = steps.before(step, b);
-                         std::memcpy(to + (at.first[step] + b) * row_bytes,
-                                     row >= 0 ? from + row * row_bytes : start + b * row_bytes, row_bytes);
-                       }
-                     }
-                   });
-  return before;
+void run_lstm(const Params& p, const Sequence<Params>& kernels) {
+  const bool projection = p.w_hr != nullptr;
+  run(p, kernels, LLMKERNELS_CPU_DISPATCH(lstm_layout)(p.dtype, p.at, projection, kernels.forward), 4, projection);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> recurrence_fwd(
     const at::Tensor& gates_x, const at::Tensor& h0, const at::Tensor& c0, const at::Tensor& w_hh,
     const OptionalTensor& w_hr, const OptionalTensor& batch_sizes, bool reverse, bool save) {
   return lstm_fwd_call(gates_x, h0, c0, w_hh, get(w_hr), get(batch_sizes), reverse, save, [](const LSTMFwdParams& p) {
-    run(p, Sequence<LSTMFwdParams>{LLMKERNELS_CPU_DISPATCH(lstm_fwd_begin), LLMKERNELS_CPU_DISPATCH(lstm_fwd_pack),
-                                   LLMKERNELS_CPU_DISPATCH(lstm_fwd_step), LLMKERNELS_CPU_DISPATCH(lstm_fwd_end),
-                                   true});
+    run_lstm(p, Sequence<LSTMFwdParams>{LLMKERNELS_CPU_DISPATCH(lstm_fwd_begin),
+                                        LLMKERNELS_CPU_DISPATCH(lstm_fwd_pack), LLMKERNELS_CPU_DISPATCH(lstm_fwd_step),
+                                        LLMKERNELS_CPU_DISPATCH(lstm_fwd_end), true});
   });
 }
 
@@ -133,9 +44,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> recurrenc
   const LSTMBwdTensors out = lstm_bwd_call(
       op, get(dy), get(dh_n), get(dc_n), get(dcells), c0, w_hh, projection, steps, gates, cells, wanted[4],
       [](const LSTMBwdParams& p) {
-        run(p, Sequence<LSTMBwdParams>{LLMKERNELS_CPU_DISPATCH(lstm_bwd_begin), LLMKERNELS_CPU_DISPATCH(lstm_bwd_pack),
-                                       LLMKERNELS_CPU_DISPATCH(lstm_bwd_step), LLMKERNELS_CPU_DISPATCH(lstm_bwd_end),
-                                       false});
+        run_lstm(p, Sequence<LSTMBwdParams>{
+                        LLMKERNELS_CPU_DISPATCH(lstm_bwd_begin), LLMKERNELS_CPU_DISPATCH(lstm_bwd_pack),
+                        LLMKERNELS_CPU_DISPATCH(lstm_bwd_step), LLMKERNELS_CPU_DISPATCH(lstm_bwd_end), false});
       });
   const at::Tensor nothing = empty({0}, gates.options());
   at::Tensor dw_hh = nothing, dw_hr = nothing.clone();
@@ -147,6 +58,40 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> recurrenc
   if (wanted[4] && projection != nullptr) dw_hr = transposed_product(out.dh, out.m);
   const auto only = [&](const at::Tensor& tensor, bool want) { return want ? tensor : empty({0}, gates.options()); };
   return {only(out.dgates, wanted[0]), only(out.dh0, wanted[1]), only(out.dc0, wanted[2]), dw_hh, dw_hr};
+}
+
+// x @ weights^T + bias, or x @ weights if `columns`.
+at::Tensor rows_product(const at::Tensor& x, const at::Tensor& weights, const OptionalTensor& bias, bool columns) {
+  const char* op = "rows_product";
+  RowsProductParams p{};
+  p.dtype = dtype_of(op, "x", x);
+  TORCH_CHECK_VALUE(x.dim() == 2 && weights.dim() == 2, op, ": x and weights have shapes ", x.sizes(), " and ",
+                    weights.sizes(), ", expected two dimensions each");
+  p.rows = x.size(0);
+  p.common = x.size(1);
+  p.cols = weights.size(columns ? 1 : 0);
+  p.columns = columns;
+  const std::array<int64_t, 2> shape = {columns ? p.common : p.cols, columns ? p.cols : p.common};
+  const at::Tensor w = contiguous_like(op, "weights", &weights, x, x.scalar_type(), shape);
+  const at::Tensor b = contiguous_like(op, "bias", get(bias), x, x.scalar_type(), {p.cols});
+  const at::Tensor rows = x.contiguous();
+  at::Tensor out = on_huge_pages(empty({p.rows, p.cols}, x.options()));
+  p.x = pointer(rows);
+  p.weights = pointer(w);
+  p.bias = pointer(b);
+  p.out = pointer(out);
+  if (out.numel() == 0) return out;
+  const cpu::RowsProductLayout l = LLMKERNELS_CPU_DISPATCH(rows_product_layout)(p);
+  const auto memory = [](int64_t bytes) { return empty({bytes}, at::TensorOptions().dtype(at::kByte)); };
+  const at::Tensor panels = memory(l.blocks * l.panel_bytes);
+  at::parallel_for(0, l.blocks, 1, [&](int64_t begin, int64_t end) {
+    LLMKERNELS_CPU_DISPATCH(rows_product_pack)(p, pointer(panels), begin, end);
+  });
+  at::parallel_for(0, (p.rows + l.group - 1) / l.group, 1, [&](int64_t begin, int64_t end) {
+    const at::Tensor operand = memory(l.operand_bytes);
+    LLMKERNELS_CPU_DISPATCH(rows_product)(p, pointer(panels), pointer(operand), begin, end);
+  });
+  return out;
 }
 
 template <class Params>
@@ -172,6 +117,7 @@ std::tuple<at::Tensor, at::Tensor> cell_bwd(const OptionalTensor& dh, const Opti
 TORCH_LIBRARY_IMPL(llmkernels_cpu, CPU, m) {
   m.impl("lstm_cell_fwd", cell_fwd);
   m.impl("lstm_cell_bwd", cell_bwd);
+  m.impl("rows_product", rows_product);
   m.impl("lstm_recurrence_fwd", recurrence_fwd);
   m.impl("lstm_recurrence_bwd", recurrence_bwd);
 }

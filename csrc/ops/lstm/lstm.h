@@ -84,6 +84,17 @@ struct LSTMBwdParams {
   DType dtype;
 };
 
+// What the input of all steps adds to the gates, and its gradient: a product of many rows.
+struct RowsProductParams {
+  const void* x;        // [rows, common]  T
+  const void* weights;  // [cols, common]  T, or [common, cols] if `columns`
+  const void* bias;     // [cols]          T; null: zero
+  void* out;            // [rows, cols]    T
+  int64_t rows, common, cols;
+  bool columns;
+  DType dtype;
+};
+
 // One step of the recurrence behind its product, where that is a matrix product of its own. Rows are the sequences of
 // the step; c and its gradient go from step to step in Acc.
 struct LSTMStepFwdParams {

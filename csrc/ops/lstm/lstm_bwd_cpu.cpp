@@ -1,5 +1,5 @@
 // The recurrence of an LSTM layer, backward, compiled once per instruction set.
-#include "ops/lstm/lstm_product.h"
+#include "ops/lstm/lstm_blocks.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
@@ -68,50 +68,62 @@ struct Backward {
     });
   }
 
-  // Blocks [begin, end) of a product: make(first column) gives what becomes of the sums of a row.
-  template <class Panel, class Make>
-  static void multiply(bool packed, const Operand<T>* a, int64_t stride, int64_t rows, const T* weights, int64_t common,
-                       int64_t cols, int64_t begin, int64_t end, Panel&& panel, Make&& make) {
-    if (packed) {
-      for (int64_t block = begin; block < end; ++block) {
-        multiply_rows<T>(a, stride, rows, panel(block), panel(block + 1 < end ? block + 1 : begin), depth_of<T>(common),
-                         make(block * kBlockColumns<T>));
-      }
-      return;
+  // What a row of the sums of a block becomes.
+  struct Arrived {
+    const Backward& of;
+    int64_t step, first;
+
+    template <class Where>
+    void fetch(int64_t b, Where) const {
+      if (of.p.w_hr == nullptr) of.template fetch<Where>(step, b, first);
     }
-    constexpr int kBlocks = 16;  // at a time, for long runs of memory; their sums are 4096 bytes
-    for (int64_t block = begin; block < end; block += kBlocks) {
-      const int64_t blocks = end - block < kBlocks ? end - block : kBlocks;
-      for (int64_t b = 0; b < rows; ++b) {
-        Vec<Acc> sums[kBlocks][kBlockVectors];
-        dot_columns<T>(a + b * stride, weights, common, cols, block * kBlockColumns<T>, blocks * kBlockVectors, sums[0]);
-        for (int64_t i = 0; i < blocks; ++i) make((block + i) * kBlockColumns<T>)(b, sums[i]);
+    void operator()(int64_t b, const Vec<Acc> (&dh)[kBlockVectors]) const {
+      for (int v = 0; v < kBlockVectors; ++v) of.arrived(step, b, first + v * kUnits, dh[v], true);
+    }
+  };
+
+  struct Units {
+    const Backward& of;
+    int64_t step, first;
+
+    template <class Where>
+    void fetch(int64_t b, Where) const { of.template fetch<Where>(step, b, first); }
+    void operator()(int64_t b, const Vec<Acc> (&dm)[kBlockVectors]) const {
+      for (int v = 0; v < kBlockVectors; ++v) {
+        const int64_t unit = first + v * kUnits;
+        with_units<Acc>(unit, of.H, [&](auto part) { of.units(step, b, unit, dm[v], part); });
       }
+    }
+  };
+
+  // What the units of a block read and write of sequence `b`.
+  template <class Where>
+  void fetch(int64_t step, int64_t b, int64_t first) const {
+    if (b >= count(step)) return;
+    const int64_t row = p.at.first[step] + b, cols = H - first < kBlockColumns<T> ? H - first : kBlockColumns<T>;
+    for (int q = 0; q < 4; ++q) {
+      const int64_t at = (row * 4 + q) * H + first;
+      CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(p.gates) + at, cols);
+      CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(p.dgates) + at, cols);
+    }
+    CPU_CAPABILITY::fetch<Where>(static_cast<const Acc*>(p.cells) + row * H + first, cols);
+    if (p.dy != nullptr && p.w_hr == nullptr) CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(p.dy) + row * R + first, cols);
+    if (b < count(step - 1)) {
+      CPU_CAPABILITY::fetch<Where>(static_cast<const Acc*>(p.cells) + (p.at.first[step - 1] + b) * H + first, cols);
     }
   }
 
   void step(bool packed, int64_t step, bool projection, int64_t begin, int64_t end) const {
     if (projection) {
-      multiply(packed, inner(), inner_stride, count(step), static_cast<const T*>(p.w_hr), R, H, begin, end,
-               [&](int64_t block) { return hr_panel(block); },
-               [&](int64_t first) {
-                 return [this, step, first](int64_t b, const Vec<Acc>(&dm)[kBlockVectors]) {
-                   for (int v = 0; v < kBlockVectors; ++v) {
-                     const int64_t unit = first + v * kUnits;
-                     with_units<Acc>(unit, H, [&](auto part) { units(step, b, unit, dm[v], part); });
-                   }
-                 };
-               });
+      multiply_column_blocks<T>(
+          packed, inner(), inner_stride, count(step), static_cast<const T*>(p.w_hr), R, H, begin, end,
+          [&](int64_t block) { return hr_panel(block); }, [&](int64_t first) { return Units{*this, step, first}; });
       return;
     }
     const int64_t rows = count(step + 1);
-    multiply(packed, dgates(step + 1), d_stride, rows, static_cast<const T*>(p.w_hh), 4 * H, R, begin, end,
-             [&](int64_t block) { return hh_panel(block); },
-             [&](int64_t first) {
-               return [this, step, first](int64_t b, const Vec<Acc>(&dh)[kBlockVectors]) {
-                 for (int v = 0; v < kBlockVectors; ++v) arrived(step, b, first + v * kUnits, dh[v], true);
-               };
-             });
+    multiply_column_blocks<T>(
+        packed, dgates(step + 1), d_stride, rows, static_cast<const T*>(p.w_hh), 4 * H, R, begin, end,
+        [&](int64_t block) { return hh_panel(block); }, [&](int64_t first) { return Arrived{*this, step, first}; });
     for (int64_t block = begin; block < end; ++block) {
       for (int64_t b = rows; b < count(step); ++b) {
         for (int v = 0; v < kBlockVectors; ++v) {

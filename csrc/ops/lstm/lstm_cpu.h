@@ -29,7 +29,19 @@ struct LSTMScratch {
   void* dh;          // [batch, size] Acc: backward
 };
 
+// Memory of a product of rows: `blocks` panels of weights, and for each thread the operand of `group` rows.
+struct RowsProductLayout {
+  int64_t blocks, panel_bytes;
+  int64_t group, operand_bytes;
+};
+
 LLMKERNELS_CPU_DECLARE(
+    RowsProductLayout rows_product_layout(const RowsProductParams& params);
+    // Panels of blocks [begin, end).
+    void rows_product_pack(const RowsProductParams& params, void* panels, int64_t begin, int64_t end);
+    // Groups [begin, end) of rows.
+    void rows_product(const RowsProductParams& params, const void* panels, void* operand, int64_t begin, int64_t end);
+
     void lstm_cell_fwd(const LSTMCellFwdParams& params, int64_t begin, int64_t end);
     void lstm_cell_bwd(const LSTMCellBwdParams& params, int64_t begin, int64_t end);
 

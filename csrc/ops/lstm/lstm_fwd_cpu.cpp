@@ -1,5 +1,5 @@
 // The recurrence of an LSTM layer, forward, compiled once per instruction set.
-#include "ops/lstm/lstm_product.h"
+#include "ops/lstm/lstm_blocks.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
@@ -32,91 +32,85 @@ struct Forward {
     return column < R ? static_cast<const T*>(p.w_hr) + column * H : nullptr;
   }
 
-  // What a tile, or a row, of sums becomes: the step of the sequence `b`.
-  auto units_step(int64_t step, int64_t block) const {
-    return [this, step, block, unit = block * kUnits](int64_t b, const Vec<Acc>(&products)[kBlockVectors]) {
-      const int64_t row = p.at.first[step] + b;
+  // What a row of the sums of a block becomes: the step of the sequence `b`.
+  struct Units {
+    const Forward& of;
+    int64_t step, unit;
+
+    template <class Where>
+    void fetch(int64_t b, Where) const {
+      const LSTMFwdParams& p = of.p;
+      const int64_t row = p.at.first[step] + b, wide = (row * 4) * of.H + unit;
+      for (int q = 0; q < 4; ++q) {
+        CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(p.gates_x) + wide + q * of.H, kUnits);
+        if (p.gates != nullptr) CPU_CAPABILITY::fetch<Where>(static_cast<const T*>(p.gates) + wide + q * of.H, kUnits);
+      }
+    }
+
+    void operator()(int64_t b, const Vec<Acc> (&products)[kBlockVectors]) const {
+      const LSTMFwdParams& p = of.p;
+      const int64_t H = of.H, R = of.R, row = p.at.first[step] + b;
       const T* gates_x = static_cast<const T*>(p.gates_x) + row * 4 * H + unit;
-      Acc* c = static_cast<Acc*>(scratch.c) + b * H + unit;
+      Acc* c = static_cast<Acc*>(of.scratch.c) + b * H + unit;
       with_units<Acc>(unit, H, [&](auto part) {
         Vec<Acc> sums[4];
         for (int q = 0; q < 4; ++q) sums[q] = products[q] + part.load(gates_x + q * H);
         const StepState<Acc> s = step_forward<T>(sums, part.load(c));
         part.store(c, s.c);
         if (p.w_hr == nullptr) {
-          store_both<T>(static_cast<T*>(p.y) + row * R + unit, h(step + 1) + b * h_stride + unit, s.m, part);
+          store_both<T>(static_cast<T*>(p.y) + row * R + unit, of.h(step + 1) + b * of.h_stride + unit, s.m, part);
         } else {
-          store_both<T>(static_cast<T*>(nullptr), m() + b * m_stride + unit, s.m, part);
+          store_both<T>(static_cast<T*>(nullptr), of.m() + b * of.m_stride + unit, s.m, part);
         }
         if (p.gates == nullptr) return;
         T* gates = static_cast<T*>(p.gates) + row * 4 * H + unit;
         for (int q = 0; q < 4; ++q) part.store(gates + q * H, s.gates[q]);
         part.store(static_cast<Acc*>(p.cells) + row * H + unit, s.c);
       });
-    };
-  }
+    }
+  };
 
-  auto project_step(int64_t step, int64_t block) const {
-    return [this, step, first = block * kBlockColumns<T>](int64_t b, const Vec<Acc>(&products)[kBlockVectors]) {
-      T* y = static_cast<T*>(p.y) + (p.at.first[step] + b) * R;
+  struct Projected {
+    const Forward& of;
+    int64_t step, first;
+
+    template <class Where>
+    void fetch(int64_t, Where) const {}
+
+    void operator()(int64_t b, const Vec<Acc> (&products)[kBlockVectors]) const {
+      T* y = static_cast<T*>(of.p.y) + (of.p.at.first[step] + b) * of.R;
       for (int v = 0; v < kBlockVectors; ++v) {
         const int64_t column = first + v * kUnits;
-        with_units<Acc>(column, R, [&](auto part) {
-          store_both<T>(y + column, h(step + 1) + b * h_stride + column, products[v], part);
+        with_units<Acc>(column, of.R, [&](auto part) {
+          store_both<T>(y + column, of.h(step + 1) + b * of.h_stride + column, products[v], part);
         });
       }
-    };
-  }
-
-  // Blocks [begin, end) of a product: make(block) gives what becomes of the sums of a row.
-  template <class RowOf, class Panel, class Make>
-  static void multiply(bool packed, const Operand<T>* a, int64_t stride, int64_t rows, int64_t common, int64_t begin,
-                       int64_t end, Panel&& panel, RowOf&& row_of, const T* some_row, Make&& make) {
-    if (packed) {
-      for (int64_t block = begin; block < end; ++block) {
-        const Operand<T>* next = panel(block + 1 < end ? block + 1 : begin);
-        multiply_rows<T>(a, stride, rows, panel(block), next, depth_of<T>(common), make(block));
-      }
-      return;
     }
-    // As many blocks at a time as make the weights of each gate a long run of memory.
-    constexpr int kBlocks = 16;
-    for (int64_t first = begin; first < end; first += kBlocks) {
-      const int64_t blocks = end - first < kBlocks ? end - first : kBlocks;
-      for (int64_t b = 0; b < rows; ++b) {
-        Vec<Acc> sums[kBlocks][kBlockVectors];
-        for (int v = 0; v < kBlockVectors; ++v) {
-          for (int64_t i = 0; i < blocks; ++i) {
-            sums[i][v] = dot_rows<T>(a + b * stride, common, [&](int lane) {
-              const T* row = row_of(first + i, v, lane);
-              return row != nullptr ? row : some_row;  // its sum is not used
-            });
-          }
-        }
-        for (int64_t i = 0; i < blocks; ++i) make(first + i)(b, sums[i]);
-      }
-    }
-  }
+  };
 
   void step(bool packed, int64_t step, bool projection, int64_t begin, int64_t end) const {
     const int64_t rows = p.at.count[step];
     if (!projection) {
-      multiply(packed, h(step), h_stride, rows, R, begin, end, [&](int64_t block) { return hh_panel(block); },
-               [&](int64_t block, int v, int lane) { return hh_row(block, v, lane); }, static_cast<const T*>(p.w_hh),
-               [&](int64_t block) { return units_step(step, block); });
+      multiply_blocks<T, kBlockVectors>(
+          packed, h(step), h_stride, rows, static_cast<const T*>(p.w_hh), R, begin, end,
+          [&](int64_t block) { return hh_panel(block); },
+          [&](int64_t block, int v, int lane) { return hh_row(block, v, lane); },
+          [&](int64_t block) { return Units{*this, step, block * kUnits}; });
     } else {
-      multiply(packed, m(), m_stride, rows, H, begin, end, [&](int64_t block) { return hr_panel(block); },
-               [&](int64_t block, int v, int lane) { return hr_row(block, v, lane); }, static_cast<const T*>(p.w_hr),
-               [&](int64_t block) { return project_step(step, block); });
+      multiply_blocks<T, kBlockVectors>(
+          packed, m(), m_stride, rows, static_cast<const T*>(p.w_hr), H, begin, end,
+          [&](int64_t block) { return hr_panel(block); },
+          [&](int64_t block, int v, int lane) { return hr_row(block, v, lane); },
+          [&](int64_t block) { return Projected{*this, step, block * kBlockColumns<T>}; });
     }
   }
 
   void pack(bool projection, int64_t begin, int64_t end) const {
     for (int64_t block = begin; block < end; ++block) {
       if (!projection) {
-        pack_rows<T>(hh_panel(block), R, [&](int v, int lane) { return hh_row(block, v, lane); });
+        pack_rows<T, kBlockVectors>(hh_panel(block), R, [&](int v, int lane) { return hh_row(block, v, lane); });
       } else {
-        pack_rows<T>(hr_panel(block), H, [&](int v, int lane) { return hr_row(block, v, lane); });
+        pack_rows<T, kBlockVectors>(hr_panel(block), H, [&](int v, int lane) { return hr_row(block, v, lane); });
       }
     }
   }
@@ -132,56 +126,15 @@ struct Forward {
 
   void finish() const {
     sums_to<T>(static_cast<T*>(p.c_n), static_cast<const Acc*>(scratch.c), p.at.batch * H);
-    T* h_n = static_cast<T*>(p.h_n);
-    // From the last step back, a sequence is first seen at its own last one.
-    int64_t seen = 0;
-    for (int64_t step = p.at.steps - 1; step >= 0 && seen < p.at.batch; --step) {
-      for (; seen < p.at.count[step]; ++seen) {
-        __builtin_memcpy(h_n + seen * R, static_cast<const T*>(p.y) + (p.at.first[step] + seen) * R, R * sizeof(T));
-      }
-    }
-    __builtin_memcpy(h_n + seen * R, static_cast<const T*>(p.h0) + seen * R, (p.at.batch - seen) * R * sizeof(T));
+    last_rows<T>(p.at, static_cast<const T*>(p.y), static_cast<const T*>(p.h0), static_cast<T*>(p.h_n));
   }
 };
-
-// Reading weights where they are pays while packing them would cost more than reading them again for every row.
-inline bool pays_to_pack(const LSTMSteps& at) {
-  if (at.batch <= 1) return false;
-  int64_t rows = 0;
-  for (int64_t step = 0; step < at.steps; ++step) rows += at.count[step];
-  return rows > 8;
-}
-
-template <class T>
-LSTMLayout layout(const LSTMSteps& at, bool projection, bool forward) {
-  using Acc = AccOf<T>;
-  const auto pieces = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
-  LSTMLayout l{};
-  l.packed = pays_to_pack(at);
-  const int64_t row = sizeof(Operand<T>) * at.batch;
-  if (forward) {
-    l.hh_blocks = pieces(at.hidden, kLanes<Acc>);
-    l.hr_blocks = projection ? pieces(at.size, kBlockColumns<T>) : 0;
-    l.hh_panel_bytes = panel_bytes<T>(at.size);
-    l.hr_panel_bytes = panel_bytes<T>(at.hidden);
-    l.operand_bytes = row * operand_stride<T>(at.size);
-    l.inner_operand_bytes = projection ? row * operand_stride<T>(at.hidden) : 0;
-  } else {
-    l.hh_blocks = pieces(at.size, kBlockColumns<T>);
-    l.hr_blocks = projection ? pieces(at.hidden, kBlockColumns<T>) : 0;
-    l.hh_panel_bytes = panel_bytes<T>(4 * at.hidden);
-    l.hr_panel_bytes = panel_bytes<T>(at.size);
-    l.operand_bytes = row * operand_stride<T>(4 * at.hidden);
-    l.inner_operand_bytes = projection ? row * operand_stride<T>(at.size) : 0;
-  }
-  return l;
-}
 
 }  // namespace
 
 LSTMLayout lstm_layout(DType dtype, const LSTMSteps& at, bool projection, bool forward) {
   LSTMLayout result{};
-  with_type(dtype, [&](auto t) { result = layout<decltype(t)>(at, projection, forward); });
+  with_type(dtype, [&](auto t) { result = layout_of<decltype(t), kBlockVectors>(at, projection, forward); });
   return result;
 }
 

@@ -1,7 +1,7 @@
 // Products of a few rows with weights, for the sequence kernels. As vec.h: for sources that are compiled once per
 // instruction set.
 //
-// A product's columns are cut into blocks of kBlockVectors vectors. The left operand's rows and the panels hold
+// A product's columns are cut into blocks of up to kBlockVectors vectors. The left operand's rows and the panels hold
 // Operand<T>: T's sums' type, or bf16 itself where an instruction multiplies pairs of it.
 #pragma once
 
@@ -24,7 +24,7 @@ using Operand = std::conditional_t<kPairs<T>, BFloat16, AccOf<T>>;
 template <class T>
 constexpr int kDeep = kPairs<T> ? 2 : 1;  // how much of the common dimension one multiplication takes
 
-constexpr int kBlockVectors = 4;  // the four gates of a vector of units, or four vectors of columns
+constexpr int kBlockVectors = 4;  // at most: the gates of a vector of units, or four vectors of columns
 template <class T>
 constexpr int64_t kBlockColumns = kBlockVectors * kLanes<AccOf<T>>;
 // Rows of a register tile: with AVX-512 24 of the 32 registers are sums, otherwise 8 of 16.
@@ -43,9 +43,9 @@ inline int64_t operand_stride(int64_t cols) {
   return (cols + kLine - 1) / kLine * kLine + kLine;
 }
 
-template <class T>
+template <class T, int kVectors = kBlockVectors>
 inline int64_t panel_bytes(int64_t common) {
-  return depth_of<T>(common) * kBlockVectors * kVectorBytes;
+  return depth_of<T>(common) * kVectors * kVectorBytes;
 }
 
 // --- sum += a * w ---
@@ -80,30 +80,48 @@ inline void multiply_add(Vec<AccOf<T>>& sum, Vec<AccOf<T>> a, Vec<AccOf<T>> w) {
   sum += a * w;
 }
 
-// kRows rows with one panel. Few rows get several sums each, by turns: otherwise each addition waits for the last one.
-// `ahead` is fetched into the cache on the way, a line at a time.
-template <class T, int kRows, class F>
-inline void multiply_tile(const Operand<T>* a, int64_t stride, const Operand<T>* panel, int64_t depth, int64_t row,
-                          const char* ahead, F&& f) {
+// Into which cache: rows of a step are often a multiple of 4096 bytes apart, so that the first cache has room for a few
+// of them only.
+struct Near {
+  static constexpr int kLocality = 3;
+};
+struct Far {
+  static constexpr int kLocality = 2;
+};
+constexpr int kRowsAhead = 4;  // that are near while a row is finished
+
+// The lines of `count` elements at `from`, soon to be read or written.
+template <class Where, class T>
+inline void fetch(const T* from, int64_t count) {
+  for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + byte, 0, Where::kLocality);
+  }
+}
+
+// The sums of kRows rows with one panel, added to `totals` if `add`. Few rows get several sums each, by turns: otherwise
+// each addition waits for the last one. `ahead` is fetched into the cache on the way, a line at a time.
+template <class T, int kVectors, int kRows>
+inline void multiply_tile(const Operand<T>* a, int64_t stride, const Operand<T>* panel, int64_t depth,
+                          const char* ahead, bool add, Vec<AccOf<T>> (*totals)[kVectors]) {
   using Acc = AccOf<T>;
   constexpr int kTurns = kRows >= 3 || kVectorBytes != 64 ? 1 : kRows == 2 ? 2 : 4;
-  constexpr int64_t kStep = kBlockColumns<T> * kDeep<T>;
-  Vec<Acc> sums[kTurns][kRows][kBlockVectors] = {};
+  constexpr int64_t kStep = kVectors * kLanes<Acc> * kDeep<T>;
+  Vec<Acc> sums[kTurns][kRows][kVectors] = {};
   int64_t k = 0;
   for (; k + kTurns <= depth; k += kTurns) {
     __builtin_prefetch(ahead + k * 64, 0, 2);
 #pragma GCC unroll 4
     for (int turn = 0; turn < kTurns; ++turn) {
-      Vec<Acc> w[kBlockVectors];
+      Vec<Acc> w[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kBlockVectors; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         w[v] = load_weights<T>(panel + (k + turn) * kStep + v * kLanes<Acc> * kDeep<T>);
       }
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) {
         const Vec<Acc> x = splat_operand<T>(a + r * stride + (k + turn) * kDeep<T>);
 #pragma GCC unroll 4
-        for (int v = 0; v < kBlockVectors; ++v) multiply_add<T>(sums[turn][r][v], x, w[v]);
+        for (int v = 0; v < kVectors; ++v) multiply_add<T>(sums[turn][r][v], x, w[v]);
       }
     }
   }
@@ -112,41 +130,74 @@ inline void multiply_tile(const Operand<T>* a, int64_t stride, const Operand<T>*
     for (int r = 0; r < kRows; ++r) {
       const Vec<Acc> x = splat_operand<T>(a + r * stride + k * kDeep<T>);
 #pragma GCC unroll 4
-      for (int v = 0; v < kBlockVectors; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         multiply_add<T>(sums[0][r][v], x, load_weights<T>(panel + k * kStep + v * kLanes<Acc> * kDeep<T>));
       }
     }
   }
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
-    Vec<Acc> total[kBlockVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kBlockVectors; ++v) {
-      total[v] = sums[0][r][v];
+    for (int v = 0; v < kVectors; ++v) {
+      Vec<Acc> total = sums[0][r][v];
 #pragma GCC unroll 4
-      for (int turn = 1; turn < kTurns; ++turn) total[v] += sums[turn][r][v];
+      for (int turn = 1; turn < kTurns; ++turn) total += sums[turn][r][v];
+      totals[r][v] = add ? totals[r][v] + total : total;
     }
-    f(row + r, total);
   }
 }
 
-// Calls f(row, sums) for the products of rows [0, rows) with a panel, in tiles as equal as can be. `next` is the panel
-// of the product that follows: the weights of all panels are more than the nearer caches hold.
-template <class T, class F>
+template <class T, int kVectors>
+inline void multiply_tile(int64_t rows, const Operand<T>* a, int64_t stride, const Operand<T>* panel, int64_t depth,
+                          const char* ahead, bool add, Vec<AccOf<T>> (*totals)[kVectors]) {
+  if (rows == 1) multiply_tile<T, kVectors, 1>(a, stride, panel, depth, ahead, add, totals);
+  if (rows == 2) multiply_tile<T, kVectors, 2>(a, stride, panel, depth, ahead, add, totals);
+  if constexpr (kTileRows > 2) {
+    if (rows == 3) multiply_tile<T, kVectors, 3>(a, stride, panel, depth, ahead, add, totals);
+    if (rows == 4) multiply_tile<T, kVectors, 4>(a, stride, panel, depth, ahead, add, totals);
+    if (rows == 5) multiply_tile<T, kVectors, 5>(a, stride, panel, depth, ahead, add, totals);
+    if (rows == 6) multiply_tile<T, kVectors, 6>(a, stride, panel, depth, ahead, add, totals);
+  }
+}
+
+constexpr int kHeldTiles = 12;
+// Of a panel: up to 64 KiB, with rows and the next piece beside it in the second cache. A sum of such sums is also
+// closer to the truth than one sum of all.
+constexpr int64_t kPieceDepth = 256;
+
+// Calls f(row, sums), and before f.fetch(row, Far{}) and f.fetch(row, Near{}), for the products of rows [0, rows) with a panel, in tiles as
+// equal as can be. `next` is the panel of the product that follows: the weights of all panels are more than the nearer
+// caches hold, and so is what a step reads and writes.
+//
+// The sums of several tiles wait in memory. So a long panel is taken in pieces, each for all of them; and rows are
+// finished one after the other: each is a long chain of operations, of which the processor takes up several at once.
+template <class T, int kVectors, class F>
 inline void multiply_rows(const Operand<T>* a, int64_t stride, int64_t rows, const Operand<T>* panel,
                           const Operand<T>* next, int64_t depth, F&& f) {
+  constexpr int64_t kStep = kVectors * kLanes<AccOf<T>> * kDeep<T>;
+  Vec<AccOf<T>> sums[kHeldTiles * kTileRows][kVectors];
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t begin = rows * tile / tiles, count = rows * (tile + 1) / tiles - begin;
-    const Operand<T>* from = a + begin * stride;
-    const char* ahead = reinterpret_cast<const char*>(next) + tile * depth * 64;
-    if (count == 1) multiply_tile<T, 1>(from, stride, panel, depth, begin, ahead, f);
-    if (count == 2) multiply_tile<T, 2>(from, stride, panel, depth, begin, ahead, f);
-    if constexpr (kTileRows > 2) {
-      if (count == 3) multiply_tile<T, 3>(from, stride, panel, depth, begin, ahead, f);
-      if (count == 4) multiply_tile<T, 4>(from, stride, panel, depth, begin, ahead, f);
-      if (count == 5) multiply_tile<T, 5>(from, stride, panel, depth, begin, ahead, f);
-      if (count == 6) multiply_tile<T, 6>(from, stride, panel, depth, begin, ahead, f);
+  for (int64_t first_tile = 0; first_tile < tiles; first_tile += kHeldTiles) {
+    const int64_t last_tile = tiles - first_tile < kHeldTiles ? tiles : first_tile + kHeldTiles;
+    const int64_t first = rows * first_tile / tiles, last = rows * last_tile / tiles;
+    for (int64_t k = 0; k < depth; k += kPieceDepth) {
+      const int64_t count = depth - k < kPieceDepth ? depth - k : kPieceDepth;
+      const Operand<T>* piece = panel + k * kStep;
+      const char* following = reinterpret_cast<const char*>(k + count < depth ? piece + count * kStep : next);
+      for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+        const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles, at = tile - first_tile;
+        // What follows once, a line of each vector's weights a tile; then lines that are here already.
+        const char* ahead = at < kVectors ? following + at * count * 64 : reinterpret_cast<const char*>(piece);
+        if (k + count == depth) {
+          for (int64_t row = begin; row < end; ++row) f.fetch(row, Far{});
+        }
+        multiply_tile<T, kVectors>(end - begin, a + begin * stride + k * kDeep<T>, stride, piece, count, ahead, k > 0,
+                         sums + (begin - first));
+      }
+    }
+    for (int64_t row = first; row < last; ++row) {
+      if (row + kRowsAhead < last) f.fetch(row + kRowsAhead, Near{});
+      f(row, sums[row - first]);
     }
   }
 }
@@ -193,11 +244,11 @@ inline void transpose(Vec<Acc> (&rows)[kLanes<Acc>]) {
 }
 
 // A panel of rows of weights [.., common]: row_of(v, lane) is the one for a lane of vector v, null for none.
-template <class T, class F>
+template <class T, int kVectors, class F>
 inline void pack_rows(Operand<T>* panel, int64_t common, F&& row_of) {
   using Acc = AccOf<T>;
   const int64_t depth = depth_of<T>(common);
-  for (int v = 0; v < kBlockVectors; ++v) {
+  for (int v = 0; v < kVectors; ++v) {
     for (int64_t k = 0; k < depth; k += kLanes<Acc>) {
       Vec<Acc> tile[kLanes<Acc>];
       for (int lane = 0; lane < kLanes<Acc>; ++lane) {
@@ -206,7 +257,7 @@ inline void pack_rows(Operand<T>* panel, int64_t common, F&& row_of) {
       }
       transpose<Acc>(tile);
       for (int i = 0; i < kLanes<Acc> && k + i < depth; ++i) {
-        __builtin_memcpy(panel + ((k + i) * kBlockVectors + v) * kLanes<Acc> * kDeep<T>, &tile[i], kVectorBytes);
+        __builtin_memcpy(panel + ((k + i) * kVectors + v) * kLanes<Acc> * kDeep<T>, &tile[i], kVectorBytes);
       }
     }
   }
@@ -342,55 +393,6 @@ inline void dot_columns(const Operand<T>* a, const T* weights, int64_t common, i
   int64_t k = 0;
   for (; k + 8 <= common; k += 8) add_rows<T, 8>(a, weights, cols, k, first, vectors, tail, sums);
   for (; k < common; ++k) add_rows<T, 1>(a, weights, cols, k, first, vectors, tail, sums);
-}
-
-// --- operands ---
-
-// `value` of kLanes units, rounded to T: to `to`, and to the operand row `row`. Returns what an operand holds.
-template <class T, class Part>
-inline void store_both(T* to, Operand<T>* row, Vec<AccOf<T>> value, Part part) {
-  if (to != nullptr) part.store(to, value);
-  if constexpr (std::is_same_v<Operand<T>, T>) {
-    part.store(row, value);
-  } else {
-    T rounded[kLanes<AccOf<T>>];
-    store(rounded, value);
-    part.store(row, load(rounded));
-  }
-}
-
-// Calls f(part) for the units of a vector that begins at `unit`: Whole, Tail, or not at all.
-template <class Acc, class F>
-inline void with_units(int64_t unit, int64_t units, F&& f) {
-  if (unit + kLanes<Acc> <= units) {
-    f(Whole{});
-  } else if (unit < units) {
-    f(Tail{static_cast<int>(units - unit)});
-  }
-}
-
-template <class T>
-inline void operands_from(Operand<T>* to, int64_t stride, const T* from, int64_t rows, int64_t cols) {
-  using Acc = AccOf<T>;
-  for (int64_t r = 0; r < rows; ++r) {
-    Operand<T>* row = to + r * stride;
-    for (int64_t j = 0; j < stride; ++j) row[j] = Operand<T>{};
-    for_each_vector<Acc>(0, cols, [&](int64_t j, auto part) {
-      store_both<T>(static_cast<T*>(nullptr), row + j, from != nullptr ? part.load(from + r * cols + j) : Vec<Acc>{}, part);
-    });
-  }
-}
-
-template <class T, class Acc = AccOf<T>>
-inline void sums_from(Acc* to, const T* from, int64_t count) {
-  for_each_vector<Acc>(0, count, [&](int64_t j, auto part) {
-    part.store(to + j, from != nullptr ? part.load(from + j) : Vec<Acc>{});
-  });
-}
-
-template <class T, class Acc = AccOf<T>>
-inline void sums_to(T* to, const Acc* from, int64_t count) {
-  for_each_vector<Acc>(0, count, [&](int64_t j, auto part) { part.store(to + j, part.load(from + j)); });
 }
 
 }  // namespace

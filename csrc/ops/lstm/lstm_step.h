@@ -18,8 +18,12 @@ struct StepState {
   Vec<Acc> c, m;      // after the step
 };
 
+// With all that they call, by order: gcc 12 otherwise hands vectors over in memory, on a chain that is long enough
+// without.
+#define LLMKERNELS_INLINE_ALL __attribute__((always_inline, flatten)) inline
+
 template <class T, class Acc = AccOf<T>>
-inline StepState<Acc> step_forward(const Vec<Acc> (&sums)[4], Vec<Acc> c) {
+LLMKERNELS_INLINE_ALL StepState<Acc> step_forward(const Vec<Acc> (&sums)[4], Vec<Acc> c) {
   StepState<Acc> s;
   s.gates[0] = sigmoid<Acc, kCoarse<T>>(sums[0]);
   s.gates[1] = sigmoid<Acc, kCoarse<T>>(sums[1]);
@@ -38,7 +42,7 @@ struct StepGradient {
 
 // From the activated gates, c before and after the step, and the gradients of m and of c after the step.
 template <class T, class Acc = AccOf<T>>
-inline StepGradient<Acc> step_backward(const Vec<Acc> (&gates)[4], Vec<Acc> c, Vec<Acc> next_c, Vec<Acc> dm,
+LLMKERNELS_INLINE_ALL StepGradient<Acc> step_backward(const Vec<Acc> (&gates)[4], Vec<Acc> c, Vec<Acc> next_c, Vec<Acc> dm,
                                        Vec<Acc> dc) {
   const auto& [i, f, g, o] = gates;
   const Vec<Acc> t = tanh<Acc, kCoarse<T>>(next_c);

@@ -177,7 +177,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lstm_fwd_
   const auto options = x.options();
   const auto make = [&](bool wanted, int64_t cols, const at::TensorOptions& of) {
     if (!wanted) return empty({0}, of);
-    return steps.gaps() ? at::zeros({rows, cols}, of) : empty({rows, cols}, of);
+    return steps.gaps() ? at::zeros({rows, cols}, of) : on_huge_pages(empty({rows, cols}, of));
   };
   at::Tensor y = make(true, size, options);
   at::Tensor h_n = empty(h0.sizes(), options), c_n = empty(c0.sizes(), options);
@@ -226,7 +226,7 @@ LSTMBwdTensors lstm_bwd_call(const char* op, const at::Tensor* dy, const at::Ten
   const auto options = active.options();
   const auto make = [&](bool wanted, int64_t cols) {
     if (!wanted) return empty({0}, options);
-    return steps.gaps() ? at::zeros({rows, cols}, options) : empty({rows, cols}, options);
+    return steps.gaps() ? at::zeros({rows, cols}, options) : on_huge_pages(empty({rows, cols}, options));
   };
   LSTMBwdTensors out{make(true, 4 * hidden), empty({batch, size}, options), empty({batch, hidden}, options),
                      make(want_w_hr && w_hr != nullptr, size), make(want_w_hr && w_hr != nullptr, hidden)};

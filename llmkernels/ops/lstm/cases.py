@@ -253,8 +253,12 @@ def test_cases() -> list[LSTMCase]:
         cases += [make("lstm_cell", B=B, H=H, dtype=dtype, name="sizes") for B, H in ((1, 1), (1, 130), (9, 33))]
         cases.append(make(T=12, B=5, H=40, dtype=dtype, lengths=(12, 1, 7, 12, 3), bidirectional=True, name="sizes"))
         cases += [
-            make("gru", T=2, B=B, H=H, dtype=dtype, name="sizes") for B, H in ((1, 1), (2, 17), (1, 130), (13, 20))
+            make("gru", T=2, B=B, H=H, dtype=dtype, name="sizes")
+            for B, H in ((1, 1), (2, 17), (1, 130), (13, 20), (7, 65))
         ]
+        cases.append(
+            make("gru", T=12, B=5, H=40, dtype=dtype, lengths=(12, 1, 7, 12, 3), bidirectional=True, name="sizes")
+        )
     cases += [make(op, B=0, name="empty") for op in OPS]
     return cases
 
@@ -262,7 +266,8 @@ def test_cases() -> list[LSTMCase]:
 def long_cases() -> list[LSTMCase]:
     """More steps and units than an interpreter has patience for."""
     return [
-        LSTMCase("lstm", T=100, B=B, I=32, H=H, dtype=dtype, lengths=lengths, name="long")
+        LSTMCase(op, T=100, B=B, I=32, H=H, dtype=dtype, lengths=lengths, name="long")
+        for op in ("lstm", "gru")
         for dtype in (torch.float32, torch.bfloat16)
         for B, H, lengths in ((1, 300, None), (17, 130, None), (4, 70, (100, 3, 60, 99)))
     ]

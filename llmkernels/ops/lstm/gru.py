@@ -1,6 +1,9 @@
-"""gru and gru_cell: the GRU on the torch backend, with the layers, lengths and packed sequences of layout.py."""
+"""gru and gru_cell: the kernels' schemas, fakes, autograd and backends, and what users call, with the layers, lengths
+and packed sequences of layout.py.
+"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -72,24 +75,34 @@ class GRUFunction(torch.autograd.Function):
         return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None)
 
 
-def _recurrence(gates_x, h0, w_hh, b_hh, batch_sizes, reverse: bool, backend: str | None) -> tuple[Tensor, Tensor]:
+def _recurrence(gates_x, h0, w_hh, b_hh, batch_sizes, reverse: bool, chosen: registry.Backend) -> tuple[Tensor, Tensor]:
     tensors = (gates_x, h0, w_hh, b_hh)
-    chosen = registry.pick("gru", tensors, backend)
-    if transform_active():
+    if chosen.name == "torch" and transform_active():
         return gru_reference.recurrence(*tensors, batch_sizes, reverse)
     if needs_grad(*tensors):
         return GRUFunction.apply(*tensors, batch_sizes, reverse, chosen.name)
     return chosen.fwd(*tensors, batch_sizes, reverse, False)[:2]
 
 
+# --- backends, best first ---------------------------------------------------------------------------------------------
+
+
+def _no_kernel(*_) -> str:
+    return "it has no kernel of a GRU"
+
+
+_REFUSE = {"cuda": _no_kernel, "triton": _no_kernel}
 _OPAQUE = map(_op.opaque_reference, _KERNELS, (gru_reference.gru_recurrence_fwd, gru_reference.gru_recurrence_bwd))
-_PORTABLE = (getattr(torch.ops.llmkernels, name).default for name in _KERNELS)
+registry.register("gru", *_op.backends("gru", *_KERNELS, *_OPAQUE, refuse=_REFUSE))
+# A cell is one step of a sequence there, and plain PyTorch elsewhere.
 registry.register(
-    "gru",
-    registry.Backend("gru", "torch", *_OPAQUE, lambda *_: None),
-    registry.Backend("gru", registry.PORTABLE, *_PORTABLE, lambda *_: None),
+    "gru_cell",
+    *(
+        replace(backend, op="gru_cell")
+        for backend in _op.backends("gru", *_KERNELS, gru_reference.gru_cell, None, refuse=_REFUSE)
+        if backend.name != registry.PORTABLE
+    ),
 )
-registry.register("gru_cell", registry.Backend("gru_cell", "torch", gru_reference.gru_cell, None, lambda *_: None))
 
 # --- what users call --------------------------------------------------------------------------------------------------
 
@@ -118,10 +131,10 @@ def gru(
         dropout: what becomes of the outputs of all layers but the last, while `train`: torch's dropout.
         lengths: `[B]`, how many steps each sequence has. Later steps are not read; `output` is zero there, and h_n
             belongs to each sequence's own last step.
-        backend: "torch"; no other has it.
+        backend: "cpu" | "torch"; default: the first that can run this call.
     Returns: (output `[T, B, D * H]`, h_n `[L * D, B, H]`).
     Raises: ValueError or TypeError, shapes, dtypes, devices, lengths or probabilities do not fit, or T is 0;
-        NoBackendError, another backend is forced.
+        NoBackendError, a forced backend cannot run this call (the message says why).
     Reference: Cho et al. 2014, arXiv:1406.1078.
     """
     found = run_batch(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first, lengths,
@@ -143,11 +156,14 @@ def run_batch(input, hx, params, has_biases, num_layers, dropout, train, bidirec
     directions = 2 if bidirectional else 1
     hidden, _ = check_layers(rows, layers, directions, op="gru", gates=GATES)
 
+    native = registry.forced_backend(backend) in (None, "cpu")
+
     def recur(rows: Tensor, given: tuple[Tensor, ...], batch_sizes: Tensor | None) -> layout.Result:
         def one(rows: Tensor, index: int, reverse: bool, _last: bool):
             layer = layers[index]
-            gates_x = linear(rows, layer.w_ih, layer.b_ih).to(rows.dtype)
-            y, h_n = _recurrence(gates_x, given[0][index], layer.w_hh, layer.b_hh, batch_sizes, reverse, backend)
+            gates_x = linear(rows, layer.w_ih, layer.b_ih, native).to(rows.dtype)
+            tensors = (gates_x, given[0][index], layer.w_hh, layer.b_hh)
+            y, h_n = _recurrence(*tensors, batch_sizes, reverse, registry.pick("gru", tensors, backend))
             return y, (h_n,), None
 
         return layout.over_layers(rows, len(layers), directions, dropout, train, one)
@@ -168,15 +184,16 @@ def gru_cell(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """One step of gated recurrent units: torch.gru_cell, in plain PyTorch.
+    """One step of gated recurrent units: torch.gru_cell.
 
     Args:
         input: `[B, I]`, fp64, fp32, bf16 or fp16.
         h: `[B, H]`.
         w_ih, w_hh: `[3 * H, I]`, `[3 * H, H]`, gates in the order r, z, n; b_ih, b_hh: `[3 * H]`.
-        backend: "torch"; no other has it.
+        backend: "cpu" | "torch"; default: the first that can run this call.
     Returns: h after the step, `[B, H]`.
-    Raises: ValueError or TypeError, shapes, dtypes or devices do not fit; NoBackendError, another backend is forced.
+    Raises: ValueError or TypeError, shapes, dtypes or devices do not fit; NoBackendError, a forced backend cannot run
+        this call (the message says why).
     Reference: Cho et al. 2014, arXiv:1406.1078.
     """
     if w_ih.dim() != 2 or w_ih.shape[0] % GATES:
@@ -187,7 +204,10 @@ def gru_cell(
                                    ("w_hh", w_hh, (gates, hidden)), ("b_ih", b_ih, (gates,)),
                                    ("b_hh", b_hh, (gates,))))  # fmt: skip
     chosen = registry.pick("gru_cell", (input, h, w_ih, w_hh, b_ih, b_hh), backend)
-    return chosen.fwd(linear(input, w_ih, b_ih), linear(h, w_hh, b_hh), h)
+    gates_x = linear(input, w_ih, b_ih)
+    if chosen.name == "cpu":
+        return _recurrence(gates_x.to(h.dtype), h, w_hh, b_hh, None, False, chosen)[0]
+    return chosen.fwd(gates_x, linear(h, w_hh, b_hh), h)
 
 
 _op.define_public(

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from llmkernels import registry
 from llmkernels._autograd import needs_grad
 from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_error
 from llmkernels.ops.lstm import layout
-from llmkernels.ops.lstm.reference import _activated, _joined, _over, step_rows
+from llmkernels.ops.lstm.reference import _joined, _over, step_rows
 from llmkernels.quantization import int8
 from llmkernels.quantization.tensor import QuantizedTensor
 
@@ -167,14 +168,13 @@ def recurrence(gates_x: Tensor, h0: Tensor, c0: Tensor, w_hh: QuantizedTensor, w
     dtype, acc = h0.dtype, accumulate_dtype(torch.float32)
     steps, room = step_rows(len(gates_x), len(h0), batch_sizes)
     h, c, outputs = h0, c0.to(acc), []
-    integers, integers_hr = int8.integers_for(h, w_hh), int8.integers_for(c, w_hr)  # once, not at every step
+    # Chosen once, not at every step.
+    of_h, project = int8.linear_for(h, w_hh), None if w_hr is None else int8.linear_for(c, w_hr)
+    cell = registry.pick("lstm_cell", (gates_x, gates_x, c)).fwd
     for first, count in reversed(steps) if reverse else steps:
-        gates = gates_x[first : first + count] + int8.linear(h[:count], w_hh, integers=integers)
-        i, f, g, o = _activated(gates)
-        new_c = f * c[:count] + i * g
-        new_h = o * torch.tanh(new_c)
-        if w_hr is not None:
-            new_h = int8.linear(new_h, w_hr, integers=integers_hr)
+        new_h, new_c, _ = cell(gates_x[first : first + count], of_h(h[:count]), c[:count], False)
+        if project is not None:
+            new_h = project(new_h)
         outputs.append(new_h.to(dtype))
         h, c = _over(outputs[-1], h), _over(new_c, c)
     return _joined(outputs[::-1] if reverse else outputs, room, h0), h, c.to(dtype)

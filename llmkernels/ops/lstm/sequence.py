@@ -8,7 +8,7 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from llmkernels import _op
+from llmkernels import _op, registry
 from llmkernels.ops.lstm import layout, op
 from llmkernels.ops.lstm.arguments import (
     Layer,
@@ -49,12 +49,12 @@ def _extras(layer: Layer, rows: Tensor, hidden: int, size: int, settings: Settin
     )
 
 
-def _gates_of_input(rows: Tensor, layer: Layer) -> Tensor:
+def _gates_of_input(rows: Tensor, layer: Layer, native: bool) -> Tensor:
     """[N, 4 * H]: what the input adds to the gates at all steps, in one product."""
     bias = None if layer.b_ih is None else layer.b_ih + layer.b_hh
     if layer.norm_ih is None:
-        return linear(rows, layer.w_ih, bias)
-    normed = torch_functional.layer_norm(linear(rows, layer.w_ih, None), layer.norm_ih.shape, layer.norm_ih)
+        return linear(rows, layer.w_ih, bias, native)
+    normed = torch_functional.layer_norm(linear(rows, layer.w_ih, None, native), layer.norm_ih.shape, layer.norm_ih)
     return normed if bias is None else normed + bias
 
 
@@ -65,10 +65,11 @@ def run(rows: Tensor, h0: Tensor, c0: Tensor, layers: list[Layer], batch_sizes: 
     Rows and `batch_sizes` as in reference.py; h0 `[L * D, B, R]` and c0 `[L * D, B, H]`.
     """
     dtype, hidden, size = rows.dtype, c0.shape[-1], h0.shape[-1]
+    native = registry.forced_backend(settings.backend) in (None, "cpu")
 
     def given(rows: Tensor, index: int) -> op.Given:
         layer, w_hh = layers[index], layers[index].w_hh
-        gates_x = _gates_of_input(rows, layer)
+        gates_x = _gates_of_input(rows, layer, native)
         if settings.recurrent_dropout > 0.0:
             w_hh = torch_functional.dropout(w_hh, settings.recurrent_dropout, settings.train)
         extras = _extras(layer, rows, hidden, size, settings)
