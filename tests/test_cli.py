@@ -57,6 +57,19 @@ def test_bench_of_what_the_filter_is_found_in(tmp_path, capsys):
     assert all("torch" in result["ratios"] and "cpu" not in result["candidates"] for result in results)
 
 
+def test_bench_checks_no_gradient_where_the_forward_alone_is_timed(capsys, monkeypatch):
+    entry = registry.entry("rms_norm", "torch")
+    wrong = registry.Backend(
+        "rms_norm", "torch", entry.fwd, lambda *args: tuple(1.01 * t for t in entry.bwd(*args)), entry.why_not
+    )
+    monkeypatch.setitem(registry._registry, "rms_norm", (*registry.entries("rms_norm")[:-1], wrong))
+    monkeypatch.setitem(registry._by_name, ("rms_norm", "torch"), wrong)
+    arguments = ["bench", "rms_norm", "--seconds", "0.01", "--no-compile", "--backend", "torch", "--filter"]
+    assert main([*arguments, "4096x1024-fp32 fwd$"]) == 0
+    assert main([*arguments, "4096x1024-fp32 fwd"]) == 1
+    assert "no time, wrong answer: rms_norm-4096x1024-fp32 on torch: dx" in capsys.readouterr().out
+
+
 def test_bench_gives_no_time_to_a_wrong_answer(capsys, monkeypatch):
     entry = registry.entry("rms_norm", "torch")
     wrong = registry.Backend(
