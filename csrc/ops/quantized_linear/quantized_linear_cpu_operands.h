@@ -142,9 +142,11 @@ inline V sum_four(const V (&in)[4]) {
 
 // --- the rows of x ---
 
-// What product.h calls these operands; integers are none of its.
+// What product.h calls these operands; integers of 16 bits are none of its.
 template <class Operand>
-using ProductElement = std::conditional_t<sizeof(typename Operand::Element) == 2 && kIsFloat<Operand>, BFloat16, float>;
+using ProductElement =
+    std::conditional_t<sizeof(typename Operand::Element) == 1, int8_t,
+                       std::conditional_t<sizeof(typename Operand::Element) == 2 && kIsFloat<Operand>, BFloat16, float>>;
 
 // Where the operands and the sums of a row are in the memory that `prepare` fills.
 struct PreparedRows {

@@ -92,30 +92,32 @@ __attribute__((noinline)) void expanded_tile(const PreparedRows& rows, int64_t m
 #if defined(CPU_CAPABILITY_AMX)
 // The same on AMX's tiles: rows of x as they are, and the weight with the words of a column behind each other. `turned`
 // has memory for that.
-inline void tiled_rows(const PreparedRows& rows, int64_t m, int64_t m_count, const Expanded<PairOperand>& w,
+template <class Operand>
+inline void tiled_rows(const PreparedRows& rows, int64_t m, int64_t m_count, const Expanded<Operand>& w,
                        int64_t n_count, int64_t first, int64_t end, bool add, float* sums, int64_t stride,
                        Word* turned) {
-  const int64_t words = (end - first) * kBlockColumns / 2;
+  using C = ProductElement<Operand>;
+  const int64_t words = (end - first) * kBlockColumns / kPerWord<C>;
   const int64_t columns = round_up(n_count, kWords);
   for (int64_t n = 0; n < columns; n += kWords) {
     for (int64_t k = 0; k < words; k += kWords) {
       UInt32Vector square[kWords];
       for (int64_t i = 0; i < kWords; ++i) {
-        square[i] = n + i < n_count ? load_bits(w.rows + (n + i) * w.stride + 2 * k) : Bits{};
+        square[i] = n + i < n_count ? load_bits(w.rows + (n + i) * w.stride + kPerWord<C> * k) : Bits{};
       }
       transpose(square);
       for (int64_t i = 0; i < kWords; ++i) store_bits(turned + (k + i) * stride + n, square[i]);
     }
   }
-  float ones[kTileRows<BFloat16>];
+  float ones[kTileRows<C>];
   for (float& one : ones) one = 1.0f;
-  const ProductScope<BFloat16> scope;
-  for (int64_t r = 0; r < m_count; r += kTileRows<BFloat16>) {
-    const int count = static_cast<int>(m_count - r < kTileRows<BFloat16> ? m_count - r : kTileRows<BFloat16>);
-    const uint16_t* const x = rows.row<PairOperand>(m + r) + first * kBlockColumns;
-    product_rows<BFloat16>({reinterpret_cast<const Word*>(x), rows.stride / 4, 1, turned, stride, words,
-                            sums + r * stride, stride, add ? ones : nullptr},
-                           count, columns);
+  const ProductScope<C> scope;
+  for (int64_t r = 0; r < m_count; r += kTileRows<C>) {
+    const int count = static_cast<int>(m_count - r < kTileRows<C> ? m_count - r : kTileRows<C>);
+    const auto* const x = rows.row<Operand>(m + r) + first * kBlockColumns;
+    product_rows<C>({reinterpret_cast<const Word*>(x), rows.stride / 4, 1, turned, stride, words, sums + r * stride,
+                     stride, add ? ones : nullptr},
+                    count, columns);
   }
 }
 #endif

@@ -155,7 +155,7 @@ inline void product_block(const QuantizedLinearFwdParams& p, const Way& way, con
       }
     }
 #if defined(CPU_CAPABILITY_AMX)
-    if constexpr (std::is_same_v<Operand, PairOperand>) {
+    if constexpr (std::is_same_v<Operand, PairOperand> || std::is_same_v<Operand, ByteOperand>) {
       tiled_rows(rows, m, m_count, w, n_count, first / kBlockColumns, end / kBlockColumns, first != 0, scratch.sums,
                  kBlockRows, scratch.turned);
       continue;
