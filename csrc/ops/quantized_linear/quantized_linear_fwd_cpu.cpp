@@ -12,11 +12,19 @@ constexpr int64_t kBlockRows = 64;      // of the weight: a task
 constexpr int64_t kTaskRows = 512;      // of x
 constexpr int64_t kMostDirect = 8;      // rows of x for which the weight is expanded in registers
 constexpr int64_t kPartBytes = 4096;    // of the columns of a row, expanded: kBlockRows of them fit the second cache
+constexpr int64_t kLeastTurned = 64;    // rows of x that pay for the turning of a block (from 51 on with AVX512-BF16)
+
+// Whether the words of expanded rows may be multiplied column by column, as product.h does: not with AVX2, where that took
+// 3 % longer at 128 rows.
+template <class Operand>
+constexpr bool kCanTurn = (kIsFloat<Operand> && kVectorBytes == 64) ||
+                          (kOnAmx<int8_t> && std::is_same_v<Operand, IntegerOperand>);
 
 // How a call is made: what all its tasks agree on.
 struct Way {
   bool direct;
   bool grouped;     // sums are scaled group by group
+  bool turned;      // the words of an expanded block are multiplied column by column; on AMX they always are
   int32_t lane_sums;  // the factor of the sums of x's lanes; 0: none are needed
   int64_t n_blocks, m_blocks;
 };
@@ -27,6 +35,7 @@ inline Way way_of(const QuantizedLinearFwdParams& p) {
   way.direct = p.M <= kMostDirect;
   // Floats that are expanded into the cache have the scales of their groups there.
   way.grouped = p.weight.group_size != 0 && (way.direct || integers);
+  way.turned = !way.direct && p.M >= kLeastTurned;
   const bool lane_sums = integers && codes && kBytes && way.direct && way.grouped;
   way.lane_sums = !lane_sums ? 0 : p.weight.zeros != nullptr ? 1 : -kInt4Middle;
   way.n_blocks = div_up(p.weight.N, kBlockRows);
@@ -54,7 +63,7 @@ struct Scratch {
   int32_t* minus_zeros;  // the same
   char* expanded;        // [kBlockRows], `expanded_stride` bytes apart
   int64_t expanded_stride;
-  Word* turned;          // [kPartBytes / 4][kBlockRows], for AMX
+  Word* turned;          // [kPartBytes / 4][kBlockRows]: the same, column by column
   int64_t bytes;
 
   Scratch(const QuantizedLinearFwdParams& p, const Way& way, char* memory) {
@@ -71,7 +80,7 @@ struct Scratch {
     minus_zeros = reinterpret_cast<int32_t*>(take(groups));
     expanded_stride = kPartBytes + 64;
     expanded = take(way.direct ? 0 : kBlockRows * expanded_stride);
-    turned = reinterpret_cast<Word*>(take(kOnAmx<BFloat16> && !way.direct ? kPartBytes * kBlockRows : 0));
+    turned = reinterpret_cast<Word*>(take(way.turned || (kOnAmx<BFloat16> && !way.direct) ? kPartBytes * kBlockRows : 0));
     bytes = at;
   }
 };
@@ -134,6 +143,17 @@ inline void expand_integers(const QuantizedWeight& weight, const WeightRow& row,
   }
 }
 
+// The columns [first, end) of a row of the weight as operands.
+template <class Operand>
+inline void expand_row(const QuantizedWeight& weight, const WeightRow& row, int64_t first, int64_t end,
+                       typename Operand::Element* to) {
+  if constexpr (kIsFloat<Operand>) {
+    expand<Operand>(weight, row, weight.group_size != 0, first, end, to);
+  } else {
+    expand_integers<Operand>(weight, row, first, end, to);
+  }
+}
+
 template <class Operand>
 inline void product_block(const QuantizedLinearFwdParams& p, const Way& way, const PreparedRows& rows, int64_t m,
                           int64_t m_count, const WeightRow* w_rows, int64_t n_count, const Scratch& scratch) {
@@ -143,30 +163,31 @@ inline void product_block(const QuantizedLinearFwdParams& p, const Way& way, con
   const GroupLanes lanes(weight.group_size);
   const int64_t stride = scratch.expanded_stride / static_cast<int64_t>(sizeof(Element));
   auto* const expanded = reinterpret_cast<Element*>(scratch.expanded);
-  const Expanded<Operand> w{expanded, stride, w_rows};
   const int64_t columns = round_up(weight.K, kBlockColumns);
   for (int64_t first = 0; first == 0 || first < columns; first += kPart) {
     const int64_t end = first + kPart < columns ? first + kPart : columns;
-    for (int64_t n = 0; n < n_count; ++n) {
-      if constexpr (kIsFloat<Operand>) {
-        expand<Operand>(weight, w_rows[n], weight.group_size != 0, first, end, expanded + n * stride);
-      } else {
-        expand_integers<Operand>(weight, w_rows[n], first, end, expanded + n * stride);
+    if constexpr (kCanTurn<Operand>) {
+      if (way.turned || kOnAmx<ProductElement<Operand>>) {
+        const int64_t words = (end - first) / kPerWord<ProductElement<Operand>>;
+        for (int64_t n = 0; n < n_count; n += kWords) {
+          const int64_t count = n_count - n < kWords ? n_count - n : kWords;
+          for (int64_t i = 0; i < count; ++i) {
+            expand_row<Operand>(weight, w_rows[n + i], first, end, expanded + i * stride);
+          }
+          turn_rows<Operand>(expanded, stride, count, words, scratch.turned + n, kBlockRows);
+        }
+        turned_rows<Operand>(rows, m, m_count, first, words, scratch.turned, round_up(n_count, kWords), first != 0,
+                             scratch.sums, kBlockRows);
+        continue;
       }
     }
-#if defined(CPU_CAPABILITY_AMX)
-    if constexpr (std::is_same_v<Operand, PairOperand> || std::is_same_v<Operand, ByteOperand>) {
-      tiled_rows(rows, m, m_count, w, n_count, first / kBlockColumns, end / kBlockColumns, first != 0, scratch.sums,
-                 kBlockRows, scratch.turned);
-      continue;
-    }
-#endif
-    constexpr bool kGrouped = !kIsFloat<Operand>;
+    for (int64_t n = 0; n < n_count; ++n) expand_row<Operand>(weight, w_rows[n], first, end, expanded + n * stride);
+    const Expanded<Operand> w{expanded, stride, w_rows};
     const auto call = [&](auto grouped) {
       expanded_rows<Operand, decltype(grouped)::value>(rows, m, m_count, w, n_count, lanes, first / kBlockColumns,
                                                        end / kBlockColumns, first != 0, scratch.sums, kBlockRows);
     };
-    if constexpr (kGrouped) {
+    if constexpr (!kIsFloat<Operand>) {
       if (way.grouped) call(std::true_type{});
     }
     if (!way.grouped) call(std::false_type{});
