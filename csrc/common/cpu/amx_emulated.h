@@ -1,6 +1,6 @@
 // The instructions of amx.h in plain C++, for machines without them: what Intel's manual says that they do (Software
-// Developer's Manual, volume 2: LDTILECFG, TILELOADD, TILESTORED, TDPBF16PS, TDPBSUD), sums in the same order and with the same
-// rounding. What the processor would refuse ends the program with a sentence.
+// Developer's Manual, volume 2: LDTILECFG, TILELOADD, TILESTORED, TDPBF16PS, TDPBSUD), sums in the same order and with
+// the same rounding. What the processor would refuse ends the program with a sentence.
 #pragma once
 
 #include <stdio.h>

@@ -2,8 +2,8 @@
 // vector. As vec.h: raw vectors in the anonymous namespace of the instruction set.
 //
 // Elements are words of 32 bits along the summed axis: a float, or with C = BFloat16 two bf16 of neighbouring indices,
-// which one instruction multiplies and adds; on AMX also with C = int8_t four bytes, of A with a sign, of B without, and
-// with the bits of whole numbers as sums.
+// which one instruction multiplies and adds; on AMX also, with C = int8_t, four bytes, of A with a sign, of B without,
+// whose sums are whole numbers, as bits of floats.
 #pragma once
 
 #include "common/cpu/vec.h"

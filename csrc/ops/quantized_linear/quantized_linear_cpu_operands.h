@@ -143,10 +143,9 @@ inline V sum_four(const V (&in)[4]) {
 // --- the rows of x ---
 
 // What product.h calls these operands; integers of 16 bits are none of its.
-template <class Operand>
+template <class Operand, int kBytes = sizeof(typename Operand::Element)>
 using ProductElement =
-    std::conditional_t<sizeof(typename Operand::Element) == 1, int8_t,
-                       std::conditional_t<sizeof(typename Operand::Element) == 2 && kIsFloat<Operand>, BFloat16, float>>;
+    std::conditional_t<kBytes == 1, int8_t, std::conditional_t<kBytes == 2 && kIsFloat<Operand>, BFloat16, float>>;
 
 // Where the operands and the sums of a row are in the memory that `prepare` fills.
 struct PreparedRows {

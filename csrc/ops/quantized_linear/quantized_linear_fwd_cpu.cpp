@@ -14,8 +14,8 @@ constexpr int64_t kMostDirect = 8;      // rows of x for which the weight is exp
 constexpr int64_t kPartBytes = 4096;    // of the columns of a row, expanded: kBlockRows of them fit the second cache
 constexpr int64_t kLeastTurned = 64;    // rows of x that pay for the turning of a block (from 51 on with AVX512-BF16)
 
-// Whether the words of expanded rows may be multiplied column by column, as product.h does: not with AVX2, where that took
-// 3 % longer at 128 rows.
+// Whether the words of expanded rows may be multiplied column by column, as product.h does: not with AVX2, where that
+// took 3 % longer at 128 rows.
 template <class Operand>
 constexpr bool kCanTurn = (kIsFloat<Operand> && kVectorBytes == 64) ||
                           (kOnAmx<int8_t> && std::is_same_v<Operand, IntegerOperand>);
@@ -80,7 +80,8 @@ struct Scratch {
     minus_zeros = reinterpret_cast<int32_t*>(take(groups));
     expanded_stride = kPartBytes + 64;
     expanded = take(way.direct ? 0 : kBlockRows * expanded_stride);
-    turned = reinterpret_cast<Word*>(take(way.turned || (kOnAmx<BFloat16> && !way.direct) ? kPartBytes * kBlockRows : 0));
+    const bool is_turned = way.turned || (kOnAmx<BFloat16> && !way.direct);
+    turned = reinterpret_cast<Word*>(take(is_turned ? kPartBytes * kBlockRows : 0));
     bytes = at;
   }
 };
