@@ -143,9 +143,9 @@ inline V sum_four(const V (&in)[4]) {
 // --- the rows of x ---
 
 // What product.h calls these operands; integers of 16 bits are none of its.
-template <class Operand, int kBytes = sizeof(typename Operand::Element)>
+template <class Operand, int kSize = sizeof(typename Operand::Element)>
 using ProductElement =
-    std::conditional_t<kBytes == 1, int8_t, std::conditional_t<kBytes == 2 && kIsFloat<Operand>, BFloat16, float>>;
+    std::conditional_t<kSize == 1, int8_t, std::conditional_t<kSize == 2 && kIsFloat<Operand>, BFloat16, float>>;
 
 // Where the operands and the sums of a row are in the memory that `prepare` fills.
 struct PreparedRows {
