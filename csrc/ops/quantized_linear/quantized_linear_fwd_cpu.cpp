@@ -35,7 +35,8 @@ inline Way way_of(const QuantizedLinearFwdParams& p) {
   way.direct = p.M <= kMostDirect;
   // Floats that are expanded into the cache have the scales of their groups there.
   way.grouped = p.weight.group_size != 0 && (way.direct || integers);
-  way.turned = !way.direct && p.M >= kLeastTurned;
+  // Thousands of products one after the other lose digits that a result of fp32 would show.
+  way.turned = !way.direct && p.M >= kLeastTurned && p.dtype != DType::kFloat32;
   const bool lane_sums = integers && codes && kBytes && way.direct && way.grouped;
   way.lane_sums = !lane_sums ? 0 : p.weight.zeros != nullptr ? 1 : -kInt4Middle;
   way.n_blocks = div_up(p.weight.N, kBlockRows);
