@@ -1,4 +1,4 @@
-// The tiles of csrc/common/cpu/amx.h and the products of attention on them, for test_amx.py, which compiles this with
+// The tiles of csrc/common/cpu/amx.h and the products of product.h on them, for test_amx.py, which compiles this with
 // the emulated instructions and, where the processor has them, with the real ones.
 //
 //   amx_tiles products    compares with plain sums, exactly: prints what is wrong, and how many products there were
@@ -57,8 +57,10 @@ AmxShapes shapes_of(int m, int n, int k) {
   return shapes;
 }
 
-// c [m, n] += a [m, k] b [k, n] in words of two bf16, cut into tiles whose shapes are what is left.
-void tiled(const uint32_t* a, const uint32_t* b, float* c, int m, int n, int k) {
+// c [m, n] += a [m, k] b [k, n] in words of two bf16 or four bytes, cut into tiles whose shapes are what is left.
+template <bool kBf16 = true>
+void tiled(const uint32_t* a, const uint32_t* b, void* sums, int m, int n, int k) {
+  uint32_t* const c = static_cast<uint32_t*>(sums);
   for (int i = 0; i < m; i += 16) {
     for (int j = 0; j < n; j += 16) {
       for (int w = 0; w < k; w += 16) {
@@ -67,7 +69,11 @@ void tiled(const uint32_t* a, const uint32_t* b, float* c, int m, int n, int k) 
         amx_load<0>(c + i * n + j, n * 4);
         amx_load<4>(a + i * k + w, k * 4);
         amx_load<6>(b + w * n + j, n * 4);
-        amx_dot_bf16<0, 4, 6>();
+        if constexpr (kBf16) {
+          amx_dot_bf16<0, 4, 6>();
+        } else {
+          amx_dot_bytes<0, 4, 6>();
+        }
         amx_store<0>(c + i * n + j, n * 4);
         amx_release();
       }
@@ -96,6 +102,57 @@ void check_tiles(int m, int n, int k) {
   }
   expect(right, "tiles", m, n, k);
   free(a), free(b), free(c);
+}
+
+// Bytes of any value: a with a sign, b without.
+void check_byte_tiles(int m, int n, int k) {
+  uint32_t *a = exactly<uint32_t>(m * k), *b = exactly<uint32_t>(k * n), *c = exactly<uint32_t>(m * n);
+  const int8_t* a8 = reinterpret_cast<int8_t*>(a);
+  const uint8_t* b8 = reinterpret_cast<uint8_t*>(b);
+  for (int i = 0; i < m * k; ++i) a[i] = i % 5 ? random_bits() * 2 : 0x80808080u;
+  for (int i = 0; i < k * n; ++i) b[i] = i % 3 ? random_bits() * 2 : 0xffffffffu;
+  for (int i = 0; i < m * n; ++i) c[i] = 0x7ffffff0u + static_cast<uint32_t>(i);  // sums beyond 32 bits wrap
+  tiled<false>(a, b, c, m, n, k);
+  bool right = true;
+  for (int i = 0; i < m; ++i) {
+    for (int j = 0; j < n; ++j) {
+      uint32_t sum = 0x7ffffff0u + static_cast<uint32_t>(i * n + j);
+      for (int x = 0; x < 4 * k; ++x) {
+        sum += static_cast<uint32_t>(a8[i * 4 * k + x] * b8[(x / 4 * n + j) * 4 + x % 4]);
+      }
+      right &= sum == c[i * n + j];
+    }
+  }
+  expect(right, "tiles of bytes", m, n, k);
+  free(a), free(b), free(c);
+}
+
+// product_rows as quantized_linear calls it for bytes.
+void check_byte_product(int rows, int cols, int words, bool add) {
+  const ProductScope<int8_t> scope;
+  const int padded = static_cast<int>(round_up(rows, 16)), a_row = words + 16, b_row = cols + 16, c_row = cols + 1;
+  uint32_t *a = exactly<uint32_t>((padded - 1) * a_row + words), *b = exactly<uint32_t>((words - 1) * b_row + cols);
+  int32_t *c = exactly<int32_t>((padded - 1) * c_row + cols), *before = exactly<int32_t>(rows * cols);
+  float ones[32];
+  for (float& one : ones) one = 1.0f;
+  for (int i = 0; i < (padded - 1) * a_row + words; ++i) a[i] = random_bits() * 2;
+  for (int i = 0; i < (words - 1) * b_row + cols; ++i) b[i] = random_bits() * 2;
+  for (int i = 0; i < rows * cols; ++i) c[i / cols * c_row + i % cols] = before[i] = static_cast<int>(random_bits());
+  product_rows<int8_t>({a, a_row, 1, b, b_row, words, reinterpret_cast<float*>(c), c_row, add ? ones : nullptr}, rows,
+                       cols);
+  bool right = true;
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < cols; ++j) {
+      uint32_t sum = add ? static_cast<uint32_t>(before[i * cols + j]) : 0;
+      for (int x = 0; x < 4 * words; ++x) {
+        const int value = reinterpret_cast<int8_t*>(a + i * a_row)[x];
+        sum += static_cast<uint32_t>(value * reinterpret_cast<uint8_t*>(b + x / 4 * b_row + j)[x % 4]);
+      }
+      right &= sum == static_cast<uint32_t>(c[i * c_row + j]);
+    }
+  }
+  expect(right, "product of bytes", rows, cols, words);
+  free(a), free(b), free(c), free(before);
 }
 
 // product_rows as attention calls it: rows to a multiple of 16 have memory, and garbage in it.
@@ -185,13 +242,14 @@ void check_shapes_are_kept() {
 void check_products() {
   for (int m = 1; m <= 40; ++m) {
     for (int n = 1; n <= 40; ++n) {
-      for (int k = 1; k <= 40; ++k) check_tiles(m, n, k);
+      for (int k = 1; k <= 40; ++k) check_tiles(m, n, k), check_byte_tiles(m, n, k);
     }
   }
   for (int rows = 1; rows <= 32; ++rows) {
     for (int cols = 16; cols <= 80; cols += 16) {
       for (int words = 16; words <= 48; words += 16) {
         for (int kind = 0; kind < 6; ++kind) check_product(rows, cols, words, kind % 2, kind / 2);
+        check_byte_product(rows, cols, words, false), check_byte_product(rows, cols, words, true);
       }
     }
   }
@@ -233,6 +291,12 @@ constexpr Illegal kIllegal[] = {
     [] { amx_load<3>(somewhere, 64); },
     [] { amx_store<3>(somewhere, 64); },
     [] { amx_dot_bf16<0, 4, 6>(); },
+    [] { amx_dot_bytes<0, 4, 6>(); },
+    [] {
+      AmxShapes shapes = shapes_of(4, 4, 4);
+      shapes.set(6, 4, 20);
+      amx_configure(shapes), amx_dot_bytes<0, 4, 6>();
+    },
     [] { amx_configure(shapes_of(4, 4, 4)), amx_release(), amx_load<0>(somewhere, 64); },
     [] { amx_configure(shapes_of(4, 4, 4)), amx_load<1>(somewhere, 64); },
     [] { amx_configure(shapes_of(17, 4, 4)); },

@@ -27,7 +27,7 @@ FLAGS = (  # as in CMakeLists.txt
     *("-DCPU_CAPABILITY_AVX512", "-DCPU_CAPABILITY_AVX512_BF16", "-DCPU_CAPABILITY_AMX", f"-I{ROOT / 'csrc'}"),
 )
 EMULATED = ("-DCPU_CAPABILITY=AMX_EMULATED", "-DCPU_CAPABILITY_AMX_EMULATED", "-fsanitize=address,undefined")
-REAL = ("-DCPU_CAPABILITY=AMX", "-mamx-tile", "-mamx-bf16")
+REAL = ("-DCPU_CAPABILITY=AMX", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 
 
 def needs(isa: str) -> None:
@@ -173,7 +173,7 @@ def test_emulated_tiles_are_used():
 def test_amx_needs_the_processor():
     words = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     module = _native.module("cpu")
-    if {"amx_tile", "amx_bf16"} <= set(words):
+    if {"amx_tile", "amx_bf16", "amx_int8"} <= set(words):
         pytest.skip("cpu: this processor has AMX")
     assert "amx" not in module.available_isas() and module.isa() != "amx"
     with pytest.raises(ValueError, match="force_isa: instruction set 'amx' was not built or cannot run on this CPU"):
@@ -195,8 +195,11 @@ def test_only_kernels_for_amx_have_its_instructions():
     assert [name for name in functions if "llmkernels::cpu::AMX::" not in name] == []
     found = set().union(*functions.values())
     assert {text for text in found if text.startswith("tdp")} == {
-        f"tdpbf16ps %tmm{6 + j},%tmm{4 + i},%tmm{2 * i + j}" for i in (0, 1) for j in (0, 1)
-    }
+        f"{name} %tmm{6 + j},%tmm{4 + i},%tmm{2 * i + j}"
+        for name in ("tdpbf16ps", "tdpbsud") for i in (0, 1) for j in (0, 1)
+    }  # fmt: skip
+    of_bytes = [name for name, texts in functions.items() if any(text.startswith("tdpbsud") for text in texts)]
+    assert of_bytes and all("signed char" in name for name in of_bytes)
     for entry in ("attention_fwd(", "attention_bwd("):
         texts = set().union(*(found for name, found in functions.items() if f"AMX::{entry}" in name))
         assert {text.split()[0] for text in texts} == {"ldtilecfg", "tilerelease"}

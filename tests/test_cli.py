@@ -48,6 +48,28 @@ def test_bench_writes_what_it_measured(tmp_path, capsys):
     assert out.with_suffix(".png").stat().st_size > 1000
 
 
+def test_bench_of_what_the_filter_is_found_in(tmp_path, capsys):
+    out = tmp_path / "norms.json"
+    arguments = ["bench", "rms_norm", "--seconds", "0.01", "--no-compile", "--backend", "torch", "--json", str(out)]
+    assert main([*arguments, "--filter", "fp32 fwd$"]) == 0
+    results = json.loads(out.read_text())["results"]
+    assert results and {(result["dtype"], result["mode"]) for result in results} == {("float32", "fwd")}
+    assert all("torch" in result["ratios"] and "cpu" not in result["candidates"] for result in results)
+
+
+def test_bench_checks_no_gradient_where_the_forward_alone_is_timed(capsys, monkeypatch):
+    entry = registry.entry("rms_norm", "torch")
+    wrong = registry.Backend(
+        "rms_norm", "torch", entry.fwd, lambda *args: tuple(1.01 * t for t in entry.bwd(*args)), entry.why_not
+    )
+    monkeypatch.setitem(registry._registry, "rms_norm", (*registry.entries("rms_norm")[:-1], wrong))
+    monkeypatch.setitem(registry._by_name, ("rms_norm", "torch"), wrong)
+    arguments = ["bench", "rms_norm", "--seconds", "0.01", "--no-compile", "--backend", "torch", "--filter"]
+    assert main([*arguments, "4096x1024-fp32 fwd$"]) == 0
+    assert main([*arguments, "4096x1024-fp32 fwd"]) == 1
+    assert "no time, wrong answer: rms_norm-4096x1024-fp32 on torch: dx" in capsys.readouterr().out
+
+
 def test_bench_gives_no_time_to_a_wrong_answer(capsys, monkeypatch):
     entry = registry.entry("rms_norm", "torch")
     wrong = registry.Backend(
@@ -85,6 +107,9 @@ def test_demo_on_a_users_text(tmp_path, capsys):
         (["check", "rms_norm", "--backend", "cuda"], "backend 'cuda' ran none of"),
         (["bench", "conv"], "bench: unknown op 'conv'"),
         (["bench", "--threads", "0"], "--threads is 0, expected at least 1"),
+        (["bench", "--filter", "nowhere"], "has no case to time with these arguments"),
+        (["bench", "--filter", "("], "--filter '(' is no regular expression"),
+        (["bench", "rms_norm", "--seconds", "0.01", "--backend", "cuda"], "--backend cuda: "),
         (["bench", "--json", "/nowhere/out.json"], "--json: no folder /nowhere"),
         (["demo", "--steps", "1"], "--steps is 1, expected at least 2"),
         (["demo", "--text", "/nowhere/file"], "--text: cannot read /nowhere/file"),

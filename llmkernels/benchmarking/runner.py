@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator
 
 import torch
@@ -56,8 +57,11 @@ def families(op: str | None, family: str | None) -> list[tuple]:
     return chosen
 
 
-def plan(chosen: list[tuple], *, full: bool, dtype: str | None) -> list[tuple]:
-    """(cases module, bench module, case, mode), the order of measurement."""
+def plan(chosen: list[tuple], *, full: bool, dtype: str | None, pattern: re.Pattern | None = None) -> list[tuple]:
+    """(cases module, bench module, case, mode), the order of measurement; those whose "case mode" has `pattern`.
+
+    A fifth element says whether gradients are checked: not where only the forward is timed.
+    """
     work = []
     for cases, bench, wanted in chosen:
         for op in wanted:
@@ -67,30 +71,36 @@ def plan(chosen: list[tuple], *, full: bool, dtype: str | None) -> list[tuple]:
                     work += [(cases, bench, case, mode) for mode in modes]
             if dtype in (None, "float32"):
                 work.append((cases, bench, bench.overhead_case(op), "call"))
-    return work
+    work = [item for item in work if pattern is None or pattern.search(f"{item[2]} {item[3]}")]
+    backwards = {str(case) for _, _, case, mode in work if mode == "fwd+bwd"}
+    return [(*item, item[3] != "fwd" or str(item[2]) in backwards) for item in work]
 
 
-def candidates_of(cases, bench, case, device: str, *, compiled: bool) -> dict:
-    """Name -> function of the inputs: our backends that can run here, then the peers."""
+def candidates_of(cases, bench, case, device: str, *, compiled: bool, backend: str | None = None) -> dict:
+    """Name -> function of the inputs: our backends that can run here (or the one named), then the peers."""
     inputs = cases.make_inputs(case, device)
     found = {}
-    for backend in registry.BACKENDS:
-        if backend == "triton" and device == "cpu":
+    for name in registry.BACKENDS if backend is None else (backend,):
+        if name == "triton" and device == "cpu":
             continue  # its interpreter is for tests
         try:
-            cases.call(case, inputs, backend)
+            cases.call(case, inputs, name)
         except registry.NoBackendError:
+            if backend is not None:
+                raise
             continue
-        found[backend] = lambda inputs, backend=backend: cases.call(case, inputs, backend)
+        found[name] = lambda inputs, name=name: cases.call(case, inputs, name)
     for name, function in bench.peers(case).items():
         if compiled or name != "torch.compile":
             found[name] = function
     return found
 
 
-def measure(cases, bench, case, mode: str, device: str, *, seconds: float, compiled: bool, cold: bool) -> Measured:
-    """Check and time one case in one mode: "fwd", "fwd+bwd", or "call" (no gradient, many short calls)."""
-    found, known = _checked(cases, bench, case, device, compiled)
+def measure(cases, bench, case, mode: str, gradients: bool, device: str, *, seconds: float, compiled: bool,
+            cold: bool, backend: str | None = None) -> Measured:  # fmt: skip
+    """Check (its `gradients` too) and time one case in one mode: "fwd", "fwd+bwd", or "call" (no gradient, many short
+    calls)."""
+    found, known = _checked(cases, bench, case, device, compiled, backend, gradients)
     wrong = dict(known)
     functions = {name: function for name, function in found.items() if name not in wrong}
     if mode != "fwd+bwd":
@@ -122,10 +132,12 @@ def measure(cases, bench, case, mode: str, device: str, *, seconds: float, compi
 
 
 @functools.lru_cache(maxsize=1)  # both modes of a case, which follow each other: the fp64 truth can take a minute
-def _checked(cases, bench, case, device: str, compiled: bool) -> tuple[dict, dict[str, str]]:
+def _checked(cases, bench, case, device: str, compiled: bool, backend: str | None,
+             gradients: bool) -> tuple[dict, dict[str, str]]:  # fmt: skip
     """The candidates, and a sentence for each whose outputs or gradients are wrong."""
-    functions = candidates_of(cases, bench, case, device, compiled=compiled)
+    functions = candidates_of(cases, bench, case, device, compiled=compiled, backend=backend)
     inputs = cases.make_inputs(case, device, seed=1)
+    inputs = inputs if gradients else inputs.without_leaves()
     plain = bench.without_chance(case) if hasattr(bench, "without_chance") else case
     if plain == case:
         return functions, _wrong(cases, case, inputs, functions)

@@ -59,7 +59,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of one call, for each round, by candidate.
 
-    Rounds go on until `seconds` are spent, at least `least` and at most 200, after `warm` that are not counted.
+    Rounds go on until `seconds` are spent, at least `least` and at most 200, after `warm` that are not counted; where
+    one round takes longer than `seconds`, three are enough: noise is short beside them.
     `calls` in a row make one measurement, for functions too short to be timed alone. The order is rotated from round to
     round: what runs before a candidate decides what is in the cache. On a GPU its own events take the time, unless it
     is the `overhead` of the caller that is asked for.
@@ -77,8 +78,10 @@ def interleave(
             taken = _seconds_by_events(function, calls) if by_events else _seconds_by_clock(function, calls, device)
             if round_number >= warm:
                 times[name].append(taken)
-        if begin is not None and round_number >= warm + least - 1 and time.perf_counter() - begin > seconds:
-            break
+        if begin is not None:
+            rounds, taken = round_number - warm + 1, time.perf_counter() - begin
+            if taken > seconds and rounds >= (least if taken < seconds * rounds else min(least, 3)):
+                break
     return times
 
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import torch
 from rich.progress import track
 from rich.table import Table
 
-from llmkernels import machine, ops
+from llmkernels import machine, ops, registry
 from llmkernels.benchmarking import runner
 from llmkernels.benchmarking.timer import keep_freed_memory
 from llmkernels.cli import UsageError
@@ -21,6 +22,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU (default 1)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--backend", choices=registry.BACKENDS, help="one of ours beside the peers; default: all")
+    parser.add_argument("--filter", metavar="REGEX", help="only what it is found in, of 'case mode' as in the table")
     parser.add_argument("--full", action="store_true", help="more shapes")
     parser.add_argument("--cold", action="store_true", help="inputs rotated so that none is in a cache")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each case and mode (default 3)")
@@ -38,17 +41,25 @@ def run(args) -> int:
         raise UsageError("--device cuda: no CUDA device")
     if args.json is not None and not args.json.parent.is_dir():
         raise UsageError(f"--json: no folder {args.json.parent}")
+    try:
+        pattern = None if args.filter is None else re.compile(args.filter)
+    except re.error as error:
+        raise UsageError(f"--filter {args.filter!r} is no regular expression: {error}") from None
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     console = make_console()
-    work = runner.plan(runner.families(args.op, args.family), full=args.full, dtype=args.dtype)
+    work = runner.plan(runner.families(args.op, args.family), full=args.full, dtype=args.dtype,
+                       pattern=pattern)  # fmt: skip
     if not work:
         raise UsageError(f"{args.op or 'no op'} has no case to time with these arguments")
-    settings = {"seconds": args.seconds, "compiled": not args.no_compile, "cold": args.cold}
-    results = [
-        runner.measure(*item, args.device, **settings)
-        for item in track(work, "measuring", console=console, transient=True)
-    ]
+    settings = {"seconds": args.seconds, "compiled": not args.no_compile, "cold": args.cold, "backend": args.backend}
+    try:
+        results = [
+            runner.measure(*item, args.device, **settings)
+            for item in track(work, "measuring", console=console, transient=True)
+        ]
+    except registry.NoBackendError as error:
+        raise UsageError(f"--backend {args.backend}: {error}") from None
     console.print(_table(results, args.threads))
     wrong = [f"{result.case} on {name}: {why}" for result in results for name, why in result.wrong.items()]
     for line in wrong:

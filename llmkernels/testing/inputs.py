@@ -44,6 +44,12 @@ class Inputs:
         """The same inputs with other tensors under these names."""
         return dataclasses.replace(self, **tensors)
 
+    def without_leaves(self) -> "Inputs":
+        """The same inputs, of which nothing has a gradient: what is run on them has outputs only."""
+        kind = type(self)
+        frozen = type(kind.__name__, (kind,), {"LEAVES": ()})
+        return frozen(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+
     def requiring_grad(self) -> "Inputs":
         """The same inputs with leaves of autograd's graph."""
         return self.replace(**{name: getattr(self, name).detach().requires_grad_() for name in self.leaf_names()})

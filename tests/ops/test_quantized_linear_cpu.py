@@ -151,7 +151,7 @@ def forced(isa, function):
 @pytest.mark.parametrize(
     "sizes", ((9, 1, 1), (15, 17, 33), (16, 64, 2050), (17, 65, 127), (33, 129, 128), (70, 31, 513))
 )
-@pytest.mark.parametrize("variant", ("int8", "int4", "nf4_double", "fp8_block", "fp8_dynamic"))
+@pytest.mark.parametrize("variant", ("int8", "int4", "nf4_double", "fp8_block", "fp8_dynamic", "w8a8", "w4a8_row"))
 def test_emulated_tiles(variant, sizes, poison):
     """Sizes about those of tiles; bitwise the same on any number of threads."""
     case = QuantizedLinearCase(variant, *sizes, torch.bfloat16)
@@ -159,6 +159,17 @@ def test_emulated_tiles(variant, sizes, poison):
     assert forced("amx_emulated", lambda: failures(judge(cases, case, "cpu"))) == []
     run = functools.partial(evaluate, cases, case, inputs, "cpu")
     forced("amx_emulated", lambda: assert_same_with_any_threads(run))
+
+
+@pytest.mark.parametrize("variant", ("w8a8", "w4a8", "w4a8_row"))
+def test_bytes_on_emulated_tiles_are_those_of_vectors(variant):
+    """Sums of integers are exact, so every bit is the same: of several parts of the columns and tasks of rows too."""
+    for dtype in DTYPES:
+        for M, N, K in ((9, 33, 70), (40, 130, 700), (33, 16, 9000), (530, 5, 257)):
+            case = QuantizedLinearCase(variant, M, N, K, dtype)
+            call = functools.partial(cases.call, case, cases.make_inputs(case), "cpu")
+            (tiles,), (vectors,) = (forced(isa, call) for isa in ("amx_emulated", "avx512_vnni"))
+            assert torch.equal(tiles, vectors), case
 
 
 def test_emulated_tiles_are_used():

@@ -64,6 +64,12 @@ inline void amx_dot_bf16() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
 }
 
+// sum[m][n] += the four products of the bytes of a[m][k] and b[k][n], for all k: a signed, b unsigned, sum in 32 bits.
+template <int kSum, int kA, int kB>
+inline void amx_dot_bytes() {
+  __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kA), "i"(kB));
+}
+
 }  // namespace
 }  // namespace llmkernels::cpu::CPU_CAPABILITY
 #endif

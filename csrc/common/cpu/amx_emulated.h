@@ -1,6 +1,6 @@
 // The instructions of amx.h in plain C++, for machines without them: what Intel's manual says that they do (Software
-// Developer's Manual, volume 2: LDTILECFG, TILELOADD, TILESTORED, TDPBF16PS), sums in the same order and with the same
-// rounding. What the processor would refuse ends the program with a sentence.
+// Developer's Manual, volume 2: LDTILECFG, TILELOADD, TILESTORED, TDPBF16PS, TDPBSUD), sums in the same order and with
+// the same rounding. What the processor would refuse ends the program with a sentence.
 #pragma once
 
 #include <stdio.h>
@@ -97,19 +97,26 @@ inline float amx_widened(uint32_t bits) {
 }
 
 template <int kSum, int kA, int kB>
-inline void amx_dot_bf16() {
+inline void amx_require_product() {
   static_assert(kSum != kA && kSum != kB && kA != kB, "the processor refuses a tile that is named twice");
   amx_require_tile(kSum);
   amx_require_tile(kA);
   amx_require_tile(kB);
-  AmxState& state = amx_state();
-  const uint8_t* rows = state.shapes.rows;
-  const uint16_t* row_bytes = state.shapes.row_bytes;
+  const uint8_t* rows = amx_state().shapes.rows;
+  const uint16_t* row_bytes = amx_state().shapes.row_bytes;
   amx_require(row_bytes[kSum] % 4 == 0 && row_bytes[kA] % 4 == 0 && row_bytes[kB] % 4 == 0,
               "the bytes of a row are no multiple of 4");
   amx_require(rows[kSum] == rows[kA], "sum and a have not as many rows");
   amx_require(row_bytes[kSum] == row_bytes[kB], "sum and b have not as many bytes a row");
-  amx_require(row_bytes[kA] == rows[kB] * 4, "a row of a has not as many pairs as b has rows");
+  amx_require(row_bytes[kA] == rows[kB] * 4, "a row of a has not as many words as b has rows");
+}
+
+template <int kSum, int kA, int kB>
+inline void amx_dot_bf16() {
+  amx_require_product<kSum, kA, kB>();
+  AmxState& state = amx_state();
+  const uint8_t* rows = state.shapes.rows;
+  const uint16_t* row_bytes = state.shapes.row_bytes;
   constexpr int kWords = kAmxRowBytes / 4;
   for (int m = 0; m < rows[kA]; ++m) {
     uint32_t a[kWords];
@@ -128,6 +135,24 @@ inline void amx_dot_bf16() {
     __builtin_memcpy(sum, state.tiles[kSum][m], sizeof(sum));
     for (int n = 0; n < kWords; ++n) sum[n] = amx_flushed(amx_flushed(sum[n]) + amx_flushed(even[n] + odd[n]));
     __builtin_memcpy(state.tiles[kSum][m], sum, row_bytes[kSum]);
+  }
+}
+
+template <int kSum, int kA, int kB>
+inline void amx_dot_bytes() {
+  amx_require_product<kSum, kA, kB>();
+  AmxState& state = amx_state();
+  constexpr int kWords = kAmxRowBytes / 4;
+  for (int m = 0; m < state.shapes.rows[kA]; ++m) {
+    uint32_t sum[kWords];  // without a sign: what is too large loses its upper bits
+    __builtin_memcpy(sum, state.tiles[kSum][m], sizeof(sum));
+    for (int k = 0; k < state.shapes.rows[kB]; ++k) {
+      const uint8_t* const a = state.tiles[kA][m] + 4 * k;
+      for (int i = 0; i < 4 * kWords; ++i) {
+        sum[i / 4] += static_cast<uint32_t>(static_cast<int8_t>(a[i % 4]) * state.tiles[kB][k][i]);
+      }
+    }
+    __builtin_memcpy(state.tiles[kSum][m], sum, state.shapes.row_bytes[kSum]);
   }
 }
 

@@ -53,7 +53,7 @@ bool runs_here(Isa isa) {
       return runs_here(Isa::kAvx512Vnni) && __builtin_cpu_supports("avx512bf16");
     case Isa::kAmx:
       return runs_here(Isa::kAvx512Bf16) && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-             tiles_permitted();
+             __builtin_cpu_supports("amx-int8") && tiles_permitted();
     case Isa::kAmxEmulated:
 #if defined(LLMKERNELS_HAS_AMX_EMULATED)
       return runs_here(Isa::kAvx512Bf16);

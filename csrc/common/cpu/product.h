@@ -2,7 +2,8 @@
 // vector. As vec.h: raw vectors in the anonymous namespace of the instruction set.
 //
 // Elements are words of 32 bits along the summed axis: a float, or with C = BFloat16 two bf16 of neighbouring indices,
-// which one instruction multiplies and adds.
+// which one instruction multiplies and adds; on AMX also, with C = int8_t, four bytes, of A with a sign, of B without,
+// whose sums are whole numbers, as bits of floats.
 #pragma once
 
 #include "common/cpu/vec.h"
@@ -14,7 +15,7 @@ using Word = uint32_t;
 
 // How many elements of the summed axis a word has.
 template <class C>
-constexpr int kPerWord = sizeof(C) == 2 ? 2 : 1;
+constexpr int kPerWord = static_cast<int>(sizeof(Word) / sizeof(C));
 
 // The type that products are made of: bf16 where the processor multiplies it, else float.
 #if defined(CPU_CAPABILITY_AVX512_BF16)
@@ -36,7 +37,7 @@ constexpr int kVectorRows = 4, kTileVectors = 2;
 
 #if defined(CPU_CAPABILITY_AMX)
 template <class C>
-constexpr bool kOnAmx = kPerWord<C> == 2;
+constexpr bool kOnAmx = kPerWord<C> > 1;
 #else
 template <class C>
 constexpr bool kOnAmx = false;
@@ -177,8 +178,9 @@ namespace {
 template <class C>
 inline void product_rows(Product p, int rows, int64_t cols) {
 #if defined(CPU_CAPABILITY_AMX)
-  if constexpr (kOnAmx<C>) return amx_product_rows(p, rows, cols);
+  if constexpr (kOnAmx<C>) return amx_product_rows<C>(p, rows, cols);
 #endif
+  static_assert(kPerWord<C> <= 2 || kOnAmx<C>, "bytes are multiplied on AMX only");
   constexpr int kWide = kTileVectors * kLanes<float>;
   with_count<kVectorRows>(rows, [&](auto r) {
     for (int64_t j = 0; j < cols; j += kWide) {

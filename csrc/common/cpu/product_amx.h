@@ -1,4 +1,4 @@
-// Products of bf16 on the tiles of AMX, for product.h: two tiles of A by two of B make four of C, as many
+// Products of bf16 and of bytes on the tiles of AMX, for product.h: two tiles of A by two of B make four of C, as many
 // as there are.
 //
 // All tiles have their whole shape all the time: giving them another one zeroes them and takes as long as several
@@ -22,7 +22,7 @@ constexpr AmxShapes amx_whole() {
 constexpr AmxShapes kAmxWhole = amx_whole();
 
 // Tiles 2i + j are of C, 4 + i of A, 6 + j of B.
-template <int kA, int kB>
+template <class C, int kA, int kB>
 inline void amx_product_tiles(const Product& p) {
   constexpr int64_t kBytes = sizeof(Word);
   const auto each_c = [&](auto&& f) {
@@ -48,7 +48,11 @@ inline void amx_product_tiles(const Product& p) {
     if constexpr (kB > 1) amx_load<7>(b + kAmxWords, p.b_k * kBytes);
     each_c([&](auto i, auto j) {
       constexpr int kI = decltype(i)::value, kJ = decltype(j)::value;
-      amx_dot_bf16<2 * kI + kJ, 4 + kI, 6 + kJ>();
+      if constexpr (kPerWord<C> == 2) {
+        amx_dot_bf16<2 * kI + kJ, 4 + kI, 6 + kJ>();
+      } else {
+        amx_dot_bytes<2 * kI + kJ, 4 + kI, 6 + kJ>();
+      }
     });
     a += kAmxWords;
     b += kAmxWords * p.b_k;
@@ -70,6 +74,7 @@ inline void amx_transpose(const Word* a, int64_t a_k, int rows, int64_t count, W
   }
 }
 
+template <class C>
 __attribute__((noinline)) void amx_product_rows(Product p, int rows, int64_t cols) {
   Word turned[kTileRows<BFloat16> * kMostTransposed];
   if (p.a_k != 1) {
@@ -85,9 +90,9 @@ __attribute__((noinline)) void amx_product_rows(Product p, int rows, int64_t col
   for (int64_t j = 0; j < cols; j += kWide) {
     const bool wide = cols - j >= kWide;
     if (rows > kAmxRows) {
-      wide ? amx_product_tiles<2, 2>(p) : amx_product_tiles<2, 1>(p);
+      wide ? amx_product_tiles<C, 2, 2>(p) : amx_product_tiles<C, 2, 1>(p);
     } else {
-      wide ? amx_product_tiles<1, 2>(p) : amx_product_tiles<1, 1>(p);
+      wide ? amx_product_tiles<C, 1, 2>(p) : amx_product_tiles<C, 1, 1>(p);
     }
     p.b += kWide, p.c += kWide;
   }

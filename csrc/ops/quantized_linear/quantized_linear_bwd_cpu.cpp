@@ -56,7 +56,7 @@ inline void expand_row(const QuantizedWeight& weight, int64_t n, int64_t first, 
     __builtin_memset(to, 0, static_cast<uint64_t>(end - first) * sizeof(*to));
     return;
   }
-  int32_t* const minus_zeros = weight.format == WeightFormat::kInt4 ? scratch.minus_zeros : nullptr;
+  int32_t* const minus_zeros = weight.zeros != nullptr ? scratch.minus_zeros : nullptr;
   read_groups(weight, n, scratch.scales, minus_zeros);
   expand<Operand>(weight, {row_of(weight, n), scratch.scales, minus_zeros}, true, first, end, to);
 }
@@ -158,7 +158,7 @@ void quantized_linear_bwd_prepare(const QuantizedLinearBwdParams& p, char* memor
     with_narrow_type(p.dtype, [&](auto type) {
       const auto* dy = static_cast<const decltype(type)*>(p.dy);
       for (int64_t m = begin; m < end; ++m) {
-        prepare_row<Operand, false>(dy + m * p.dy_row_stride, p.weight.N, Activations::kPlain, rows, m, false);
+        prepare_row<Operand, false>(dy + m * p.dy_row_stride, p.weight.N, Activations::kPlain, rows, m, 0);
       }
     });
   });

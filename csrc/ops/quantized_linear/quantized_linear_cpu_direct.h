@@ -6,8 +6,12 @@
 namespace llmkernels::cpu::CPU_CAPABILITY {
 namespace {
 
-// How the codes of a weight become operands in registers.
+// How the codes of a weight become operands in registers: four-bit ones by a table of levels (integers: less the middle
+// of int4), or less zero points.
 enum class Codes { kInt8, kFp8, kLevels, kZeros };
+
+// What the scales of a block of a row are: the row's, which is left to the end, a group's, or those of several groups.
+enum class Scales { kRow, kGroup, kGroups };
 
 constexpr bool in_four_bits(Codes codes) { return codes == Codes::kLevels || codes == Codes::kZeros; }
 
@@ -79,6 +83,7 @@ struct Expander<ShortOperand, kCodes> {
   explicit Expander(WeightFormat) {}
   void operator()(const uint8_t* from, Int32Vector minus_zeros, Bits (&w)[4]) const {
     if constexpr (in_four_bits(kCodes)) {
+      if (kCodes == Codes::kLevels) minus_zeros = Int32Vector{} - kInt4Middle;
       const UInt16Vector codes = bit_cast<UInt16Vector>(load_bits(from));
       const UInt16Vector zeros = bit_cast<UInt16Vector>((minus_zeros & 0xffff) | minus_zeros << 16);
 #pragma GCC unroll 4
@@ -124,6 +129,7 @@ template <Codes kCodes>
 struct Expander<SignedByteOperand, kCodes> {
   explicit Expander(WeightFormat) {}
   void operator()(const uint8_t* from, Int32Vector minus_zeros, Bits (&w)[2]) const {
+    if (kCodes == Codes::kLevels) minus_zeros = Int32Vector{} - kInt4Middle;
     const Bits codes = load_bits(from);
     const UInt8Vector zeros = bit_cast<UInt8Vector>(bit_cast<Bits>(minus_zeros & 0xff) * 0x01010101u);
     w[0] = bit_cast<Bits>(bit_cast<UInt8Vector>(codes & 0x0f0f0f0fu) + zeros);
@@ -132,11 +138,13 @@ struct Expander<SignedByteOperand, kCodes> {
 };
 #endif
 
-// What the zero points of a block take from the sums of its lanes, where operands are codes as they are.
-template <class Operand>
+// What the zero points of a block take from the sums of its lanes, where operands are codes as they are. The middle of
+// int4 is in `lane_sums` already.
+template <class Operand, Codes kCodes>
 inline typename Operand::Sum start_of(Int32Vector minus_zeros, const int32_t* lane_sums) {
 #if defined(CPU_CAPABILITY_AVX512_VNNI)
   if constexpr (std::is_same_v<Operand, ByteOperand>) {
+    if constexpr (kCodes == Codes::kLevels) return bit_cast<Int32Vector>(load_bits(lane_sums));
     // Products of the lower halves: both fit there.
     return bit_cast<Int32Vector>(
         _mm512_madd_epi16(bit_cast<__m512i>(minus_zeros & 0xffff), bit_cast<__m512i>(load_bits(lane_sums))));
@@ -149,18 +157,19 @@ constexpr int kTileWeights = 4;   // rows of the weight side by side
 constexpr int kDirectRows = 4;    // most rows of x beside them
 
 // sums[m * stride + i] for kRows rows of x and four of the weight; what is beyond `count` of those repeats the first.
-template <class Operand, Codes kCodes, bool kGrouped, int kRows>
+template <class Operand, Codes kCodes, Scales kScales, int kRows>
 __attribute__((noinline)) void direct_tile(const QuantizedWeight& weight, const WeightRow* w_rows, int count,
-                                           const PreparedRows& rows, int64_t m, float* sums, int64_t stride) {
+                                           const GroupLanes& lanes, const PreparedRows& rows, int64_t m, float* sums,
+                                           int64_t stride) {
+  constexpr bool kGrouped = kScales != Scales::kRow, kSplit = kScales == Scales::kGroups;
   using Sum = typename Operand::Sum;
   using Total = std::conditional_t<kGrouped, FloatVector, Sum>;
   constexpr int kPlanes = Operand::kPlanes, kElements = kPlaneElements<Operand>;
   // Of few sums each waits for the last one: they are made by turns.
   constexpr int kTurns = kRows <= 2 && !kGrouped ? 2 : 1;
   constexpr bool kStart = kGrouped && in_four_bits(kCodes) && !kIsFloat<Operand> && kBytes;
-  constexpr bool kNeedsZeros = in_four_bits(kCodes) && (!kIsFloat<Operand> || kCodes == Codes::kZeros);
+  constexpr bool kNeedsZeros = kCodes == Codes::kZeros && (kGrouped || kIsFloat<Operand> || !kBytes);
   const Expander<Operand, kCodes> expander(weight.format);
-  const GroupLanes lanes(weight.group_size);
   const typename Operand::Element* x[kRows];
   for (int r = 0; r < kRows; ++r) x[r] = rows.row<Operand>(m + r);
   WeightRow w_row[kTileWeights];
@@ -169,17 +178,17 @@ __attribute__((noinline)) void direct_tile(const QuantizedWeight& weight, const 
 
   const auto step = [&](int i, const uint8_t* from, int64_t block) __attribute__((always_inline)) {
     Int32Vector minus_zeros{};
-    if constexpr (kNeedsZeros) minus_zeros = lanes.of(w_row[i].minus_zeros, block);
+    if constexpr (kNeedsZeros) minus_zeros = lanes.of<kSplit>(w_row[i].minus_zeros, block);
     Bits w[kPlanes];
     expander(from, minus_zeros, w);
     FloatVector scale{};
-    if constexpr (kGrouped) scale = lanes.of(w_row[i].scales, block);
+    if constexpr (kGrouped) scale = lanes.of<kSplit>(w_row[i].scales, block);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const auto* at = x[r] + block * kBlockColumns;
       if constexpr (kGrouped) {
         Sum parts[2] = {};
-        if constexpr (kStart) parts[0] = start_of<Operand>(minus_zeros, rows.lane_sums(m + r) + block * kWords);
+        if constexpr (kStart) parts[0] = start_of<Operand, kCodes>(minus_zeros, rows.lane_sums(m + r) + block * kWords);
 #pragma GCC unroll 8
         for (int j = 0; j < kPlanes; ++j) {
           Sum& part = parts[kPlanes > 4 ? j % 2 : 0];
@@ -228,16 +237,16 @@ __attribute__((noinline)) void direct_tile(const QuantizedWeight& weight, const 
 }
 
 // All rows of x, in tiles as equal as can be.
-template <class Operand, Codes kCodes, bool kGrouped>
-inline void direct_rows(const QuantizedWeight& weight, const WeightRow* w_rows, int count, const PreparedRows& rows,
-                        int64_t m_count, float* sums, int64_t stride) {
+template <class Operand, Codes kCodes, Scales kScales>
+inline void direct_rows(const QuantizedWeight& weight, const WeightRow* w_rows, int count, const GroupLanes& lanes,
+                        const PreparedRows& rows, int64_t m_count, float* sums, int64_t stride) {
   const int64_t tiles = div_up(m_count, kDirectRows);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t m = m_count * tile / tiles;
     const int64_t n = m_count * (tile + 1) / tiles - m;
     float* to = sums + m * stride;
     with_count<kDirectRows>(static_cast<int>(n), [&](auto r) {
-      direct_tile<Operand, kCodes, kGrouped, decltype(r)::value>(weight, w_rows, count, rows, m, to, stride);
+      direct_tile<Operand, kCodes, kScales, decltype(r)::value>(weight, w_rows, count, lanes, rows, m, to, stride);
     });
   }
 }

@@ -142,9 +142,10 @@ inline V sum_four(const V (&in)[4]) {
 
 // --- the rows of x ---
 
-// What product.h calls these operands; integers are none of its.
-template <class Operand>
-using ProductElement = std::conditional_t<sizeof(typename Operand::Element) == 2 && kIsFloat<Operand>, BFloat16, float>;
+// What product.h calls these operands; integers of 16 bits are none of its.
+template <class Operand, int kSize = sizeof(typename Operand::Element)>
+using ProductElement =
+    std::conditional_t<kSize == 1, int8_t, std::conditional_t<kSize == 2 && kIsFloat<Operand>, BFloat16, float>>;
 
 // Where the operands and the sums of a row are in the memory that `prepare` fills.
 struct PreparedRows {
@@ -239,10 +240,10 @@ inline FloatVector round_to_fp8(FloatVector value) {
   return size < 0x1p-6f ? small : bit_cast<FloatVector>(normal);
 }
 
-// Row `m` of x, rounded as `activations` says, to `rows`.
+// Row `m` of x, rounded as `activations` says, to `rows`, with the sums of its lanes times `lane_factor`; 0: without.
 template <class Operand, bool kInPlanes, class T>
 inline void prepare_row(const T* x, int64_t columns, Activations activations, const PreparedRows& rows, int64_t m,
-                        bool lane_sums) {
+                        int32_t lane_factor) {
   auto* to = reinterpret_cast<typename Operand::Element*>(rows.operands + m * rows.stride);
   float scale = 1.0f;
   if (activations != Activations::kPlain) {
@@ -266,10 +267,10 @@ inline void prepare_row(const T* x, int64_t columns, Activations activations, co
       for (int i = 0; i < kWords; ++i) {
         float sum = 0.0f;
         for (int j = 0; j < 8; ++j) sum += values[8 * i + j];
-        lanes[i] = static_cast<int32_t>(sum);
-        total += lanes[i];
+        total += static_cast<int32_t>(sum);
+        lanes[i] = static_cast<int32_t>(sum) * lane_factor;
       }
-      if (lane_sums) {
+      if (lane_factor != 0) {
         __builtin_memcpy(rows.operands + m * rows.stride + rows.block_sums + block * kVectorBytes, lanes, kVectorBytes);
       }
     }

@@ -89,36 +89,37 @@ __attribute__((noinline)) void expanded_tile(const PreparedRows& rows, int64_t m
   }
 }
 
-#if defined(CPU_CAPABILITY_AMX)
-// The same on AMX's tiles: rows of x as they are, and the weight with the words of a column behind each other. `turned`
-// has memory for that.
-inline void tiled_rows(const PreparedRows& rows, int64_t m, int64_t m_count, const Expanded<PairOperand>& w,
-                       int64_t n_count, int64_t first, int64_t end, bool add, float* sums, int64_t stride,
-                       Word* turned) {
-  const int64_t words = (end - first) * kBlockColumns / 2;
-  const int64_t columns = round_up(n_count, kWords);
-  for (int64_t n = 0; n < columns; n += kWords) {
-    for (int64_t k = 0; k < words; k += kWords) {
-      UInt32Vector square[kWords];
-      for (int64_t i = 0; i < kWords; ++i) {
-        square[i] = n + i < n_count ? load_bits(w.rows + (n + i) * w.stride + 2 * k) : Bits{};
-      }
-      transpose(square);
-      for (int64_t i = 0; i < kWords; ++i) store_bits(turned + (k + i) * stride + n, square[i]);
+// The words of kWords rows of a weight, of which `count` are there and the others zero, with those of a column behind
+// each other: as product.h multiplies them.
+template <class Operand>
+inline void turn_rows(const typename Operand::Element* rows, int64_t row_stride, int64_t count, int64_t words, Word* to,
+                      int64_t stride) {
+  for (int64_t k = 0; k < words; k += kWords) {
+    UInt32Vector square[kWords];
+    for (int64_t i = 0; i < kWords; ++i) {
+      square[i] = i < count ? load_bits(rows + i * row_stride + kPerWord<ProductElement<Operand>> * k) : Bits{};
     }
-  }
-  float ones[kTileRows<BFloat16>];
-  for (float& one : ones) one = 1.0f;
-  const ProductScope<BFloat16> scope;
-  for (int64_t r = 0; r < m_count; r += kTileRows<BFloat16>) {
-    const int count = static_cast<int>(m_count - r < kTileRows<BFloat16> ? m_count - r : kTileRows<BFloat16>);
-    const uint16_t* const x = rows.row<PairOperand>(m + r) + first * kBlockColumns;
-    product_rows<BFloat16>({reinterpret_cast<const Word*>(x), rows.stride / 4, 1, turned, stride, words,
-                            sums + r * stride, stride, add ? ones : nullptr},
-                           count, columns);
+    transpose(square);
+    for (int64_t i = 0; i < kWords; ++i) store_bits(to + (k + i) * stride, square[i]);
   }
 }
-#endif
+
+// sums[r * stride + i] (+)= for the rows [m, m + m_count) of x, from column `first` on, and `columns` turned rows.
+template <class Operand>
+inline void turned_rows(const PreparedRows& rows, int64_t m, int64_t m_count, int64_t first, int64_t words,
+                        const Word* turned, int64_t columns, bool add, float* sums, int64_t stride) {
+  using C = ProductElement<Operand>;
+  float ones[kTileRows<C>];
+  for (float& one : ones) one = 1.0f;
+  const ProductScope<C> scope;
+  for (int64_t r = 0; r < m_count; r += kTileRows<C>) {
+    const int count = static_cast<int>(m_count - r < kTileRows<C> ? m_count - r : kTileRows<C>);
+    const Word* const x = reinterpret_cast<const Word*>(rows.row<Operand>(m + r) + first);
+    product_rows<C>({x, rows.stride / static_cast<int64_t>(sizeof(Word)), 1, turned, stride, words, sums + r * stride,
+                     stride, add ? ones : nullptr},
+                    count, columns);
+  }
+}
 
 // Rows [m, m + m_count) of x with n_count of the weight, in tiles of x that are as equal as can be.
 template <class Operand, bool kGrouped>

@@ -32,7 +32,7 @@ inline void widen_scales(const void* from, int64_t first, int64_t count, float* 
   for_each_vector<float>(0, count, [&](int64_t g, auto part) { part.store(to + g, part.load(scales + g)); });
 }
 
-// The scales of row `n` in fp32, and minus its zero points (null: not wanted); behind them a vector of zeros.
+// The scales of row `n` in fp32, and minus its zero points (null: it has none); behind them a vector of zeros.
 inline void read_groups(const QuantizedWeight& weight, int64_t n, float* scales, int32_t* minus_zeros) {
   const int64_t groups = weight.groups;
   const bool blocks = weight.format == WeightFormat::kFp8 && weight.group_size != 0;
@@ -50,9 +50,7 @@ inline void read_groups(const QuantizedWeight& weight, int64_t n, float* scales,
   store(scales + groups, FloatVector{});  // for the lanes of a row's last block that have no group
   if (minus_zeros == nullptr) return;
   store_bits(minus_zeros + groups, Bits{});
-  for (int64_t g = 0; g < groups; ++g) {
-    minus_zeros[g] = weight.zeros != nullptr ? -static_cast<int32_t>(weight.zeros[n * groups + g]) : -kInt4Middle;
-  }
+  for (int64_t g = 0; g < groups; ++g) minus_zeros[g] = -static_cast<int32_t>(weight.zeros[n * groups + g]);
 }
 
 // Which of a row's groups the lanes of a block belong to; each has eight columns, and groups have 32, 64 or 128.
@@ -74,6 +72,13 @@ struct GroupLanes {
     while ((int64_t{1} << shift) < blocks) ++shift;
   }
 
+  // `kSplit`: whether a block has several groups.
+  template <bool kSplit, class T>
+  auto of(const T* groups, int64_t block) const {
+    using V = std::conditional_t<std::is_same_v<T, float>, FloatVector, Int32Vector>;
+    if constexpr (kSplit) return __builtin_shuffle(bit_cast<V>(load_bits(groups + block * per_block)), lanes);
+    return V{} + groups[block >> shift];
+  }
   FloatVector of(const float* groups, int64_t block) const {
     if (per_block == 1) return splat(groups[block >> shift]);
     return __builtin_shuffle(load(groups + block * per_block), lanes);
@@ -262,7 +267,7 @@ inline void fetch_ahead(const QuantizedWeight& weight, const uint8_t* from) {
 struct WeightRow {
   const uint8_t* bytes;
   const float* scales;         // of its groups
-  const int32_t* minus_zeros;  // null: the format has none
+  const int32_t* minus_zeros;  // null: it has none
 };
 
 // The columns [first, end) of a row, whole blocks but for the row's end, where what follows up to a whole block is
@@ -272,6 +277,7 @@ inline void expand(const QuantizedWeight& weight, const WeightRow& row, bool sca
                    typename Operand::Element* to) {
   const bool codes = four_bits(weight.format);
   const Levels levels(weight.format);
+  const float middle = weight.format == WeightFormat::kInt4 ? -static_cast<float>(kInt4Middle) : 0.0f;
   for (int64_t k = first; k < end; k += kBlockColumns) {
     const uint8_t* from = row.bytes + bytes_of(weight, k);
     fetch_ahead(weight, from);
@@ -296,7 +302,7 @@ inline void expand(const QuantizedWeight& weight, const WeightRow& row, bool sca
       for (int64_t i = 0; i < kBlockColumns; i += step) {
         const int64_t wanted = size != 0 ? (k + i) / size : 0;
         const int64_t group = wanted < weight.groups ? wanted : weight.groups - 1;
-        const float shift = row.minus_zeros != nullptr ? static_cast<float>(row.minus_zeros[group]) : 0.0f;
+        const float shift = row.minus_zeros != nullptr ? static_cast<float>(row.minus_zeros[group]) : middle;
         const Table<Operand> table(levels.with(scaled ? row.scales[group] : 1.0f, shift));
         const int64_t stop = i + step;
         for (int64_t j = i; j < stop; j += kPlaneElements<Operand>) table.natural(from + j / 2, to + j);

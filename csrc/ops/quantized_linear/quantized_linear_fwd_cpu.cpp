@@ -12,12 +12,20 @@ constexpr int64_t kBlockRows = 64;      // of the weight: a task
 constexpr int64_t kTaskRows = 512;      // of x
 constexpr int64_t kMostDirect = 8;      // rows of x for which the weight is expanded in registers
 constexpr int64_t kPartBytes = 4096;    // of the columns of a row, expanded: kBlockRows of them fit the second cache
+constexpr int64_t kLeastTurned = 64;    // rows of x that pay for the turning of a block (from 51 on with AVX512-BF16)
+
+// Whether the words of expanded rows may be multiplied column by column, as product.h does: not with AVX2, where that
+// took 3 % longer at 128 rows.
+template <class Operand>
+constexpr bool kCanTurn = (kIsFloat<Operand> && kVectorBytes == 64) ||
+                          (kOnAmx<int8_t> && std::is_same_v<Operand, IntegerOperand>);
 
 // How a call is made: what all its tasks agree on.
 struct Way {
   bool direct;
   bool grouped;     // sums are scaled group by group
-  bool lane_sums;   // of x are needed
+  bool turned;      // the words of an expanded block are multiplied column by column; on AMX they always are
+  int32_t lane_sums;  // the factor of the sums of x's lanes; 0: none are needed
   int64_t n_blocks, m_blocks;
 };
 
@@ -27,7 +35,10 @@ inline Way way_of(const QuantizedLinearFwdParams& p) {
   way.direct = p.M <= kMostDirect;
   // Floats that are expanded into the cache have the scales of their groups there.
   way.grouped = p.weight.group_size != 0 && (way.direct || integers);
-  way.lane_sums = integers && codes && kBytes && way.direct && way.grouped;
+  // Thousands of products one after the other lose digits that a result of fp32 would show.
+  way.turned = !way.direct && p.M >= kLeastTurned && p.dtype != DType::kFloat32;
+  const bool lane_sums = integers && codes && kBytes && way.direct && way.grouped;
+  way.lane_sums = !lane_sums ? 0 : p.weight.zeros != nullptr ? 1 : -kInt4Middle;
   way.n_blocks = div_up(p.weight.N, kBlockRows);
   way.m_blocks = div_up(p.M, kTaskRows);
   return way;
@@ -53,7 +64,7 @@ struct Scratch {
   int32_t* minus_zeros;  // the same
   char* expanded;        // [kBlockRows], `expanded_stride` bytes apart
   int64_t expanded_stride;
-  Word* turned;          // [kPartBytes / 4][kBlockRows], for AMX
+  Word* turned;          // [kPartBytes / 4][kBlockRows]: the same, column by column
   int64_t bytes;
 
   Scratch(const QuantizedLinearFwdParams& p, const Way& way, char* memory) {
@@ -70,7 +81,8 @@ struct Scratch {
     minus_zeros = reinterpret_cast<int32_t*>(take(groups));
     expanded_stride = kPartBytes + 64;
     expanded = take(way.direct ? 0 : kBlockRows * expanded_stride);
-    turned = reinterpret_cast<Word*>(take(kOnAmx<BFloat16> && !way.direct ? kPartBytes * kBlockRows : 0));
+    const bool is_turned = way.turned || (kOnAmx<BFloat16> && !way.direct);
+    turned = reinterpret_cast<Word*>(take(is_turned ? kPartBytes * kBlockRows : 0));
     bytes = at;
   }
 };
@@ -79,21 +91,24 @@ template <class Operand>
 inline void direct_block(const QuantizedLinearFwdParams& p, const Way& way, const PreparedRows& rows,
                          const WeightRow* w_rows, int64_t n_count, float* sums) {
   const QuantizedWeight& weight = p.weight;
+  const GroupLanes lanes(weight.group_size);
   for (int64_t n = 0; n < n_count; n += kTileWeights) {
     const int count = static_cast<int>(n_count - n < kTileWeights ? n_count - n : kTileWeights);
-    const auto call = [&](auto codes, auto grouped) {
-      direct_rows<Operand, decltype(codes)::value, decltype(grouped)::value>(weight, w_rows + n, count, rows, p.M,
-                                                                             sums + n, kBlockRows);
+    const auto call = [&](auto codes, auto scales) {
+      direct_rows<Operand, decltype(codes)::value, decltype(scales)::value>(weight, w_rows + n, count, lanes, rows, p.M,
+                                                                            sums + n, kBlockRows);
     };
     const auto with_groups = [&](auto codes) {
-      way.grouped ? call(codes, std::true_type{}) : call(codes, std::false_type{});
+      if (!way.grouped) return call(codes, std::integral_constant<Scales, Scales::kRow>{});
+      if (in_four_bits(decltype(codes)::value) && lanes.per_block > 1) {
+        return call(codes, std::integral_constant<Scales, Scales::kGroups>{});
+      }
+      call(codes, std::integral_constant<Scales, Scales::kGroup>{});
     };
     if (weight.format == WeightFormat::kInt8) {
-      call(std::integral_constant<Codes, Codes::kInt8>{}, std::false_type{});
+      call(std::integral_constant<Codes, Codes::kInt8>{}, std::integral_constant<Scales, Scales::kRow>{});
     } else if (four_bits(weight.format)) {
-      if constexpr (!kIsFloat<Operand>) {
-        with_groups(std::integral_constant<Codes, Codes::kZeros>{});
-      } else if (weight.zeros != nullptr) {
+      if (weight.zeros != nullptr) {
         with_groups(std::integral_constant<Codes, Codes::kZeros>{});
       } else {
         with_groups(std::integral_constant<Codes, Codes::kLevels>{});
@@ -119,12 +134,25 @@ inline void expand_integers(const QuantizedWeight& weight, const WeightRow& row,
       from = rest;
     }
     Bits w[Operand::kPlanes];
-    if (codes) {
+    if (codes && weight.zeros != nullptr) {
       Expander<Operand, Codes::kZeros>(weight.format)(from, lanes.of(row.minus_zeros, k / kBlockColumns), w);
+    } else if (codes) {
+      Expander<Operand, Codes::kLevels>(weight.format)(from, Int32Vector{}, w);
     } else {
       Expander<Operand, Codes::kInt8>(weight.format)(from, Int32Vector{}, w);
     }
     __builtin_memcpy(to, w, sizeof(w));
+  }
+}
+
+// The columns [first, end) of a row of the weight as operands.
+template <class Operand>
+inline void expand_row(const QuantizedWeight& weight, const WeightRow& row, int64_t first, int64_t end,
+                       typename Operand::Element* to) {
+  if constexpr (kIsFloat<Operand>) {
+    expand<Operand>(weight, row, weight.group_size != 0, first, end, to);
+  } else {
+    expand_integers<Operand>(weight, row, first, end, to);
   }
 }
 
@@ -137,30 +165,31 @@ inline void product_block(const QuantizedLinearFwdParams& p, const Way& way, con
   const GroupLanes lanes(weight.group_size);
   const int64_t stride = scratch.expanded_stride / static_cast<int64_t>(sizeof(Element));
   auto* const expanded = reinterpret_cast<Element*>(scratch.expanded);
-  const Expanded<Operand> w{expanded, stride, w_rows};
   const int64_t columns = round_up(weight.K, kBlockColumns);
   for (int64_t first = 0; first == 0 || first < columns; first += kPart) {
     const int64_t end = first + kPart < columns ? first + kPart : columns;
-    for (int64_t n = 0; n < n_count; ++n) {
-      if constexpr (kIsFloat<Operand>) {
-        expand<Operand>(weight, w_rows[n], weight.group_size != 0, first, end, expanded + n * stride);
-      } else {
-        expand_integers<Operand>(weight, w_rows[n], first, end, expanded + n * stride);
+    if constexpr (kCanTurn<Operand>) {
+      if (way.turned || kOnAmx<ProductElement<Operand>>) {
+        const int64_t words = (end - first) / kPerWord<ProductElement<Operand>>;
+        for (int64_t n = 0; n < n_count; n += kWords) {
+          const int64_t count = n_count - n < kWords ? n_count - n : kWords;
+          for (int64_t i = 0; i < count; ++i) {
+            expand_row<Operand>(weight, w_rows[n + i], first, end, expanded + i * stride);
+          }
+          turn_rows<Operand>(expanded, stride, count, words, scratch.turned + n, kBlockRows);
+        }
+        turned_rows<Operand>(rows, m, m_count, first, words, scratch.turned, round_up(n_count, kWords), first != 0,
+                             scratch.sums, kBlockRows);
+        continue;
       }
     }
-#if defined(CPU_CAPABILITY_AMX)
-    if constexpr (std::is_same_v<Operand, PairOperand>) {
-      tiled_rows(rows, m, m_count, w, n_count, first / kBlockColumns, end / kBlockColumns, first != 0, scratch.sums,
-                 kBlockRows, scratch.turned);
-      continue;
-    }
-#endif
-    constexpr bool kGrouped = !kIsFloat<Operand>;
+    for (int64_t n = 0; n < n_count; ++n) expand_row<Operand>(weight, w_rows[n], first, end, expanded + n * stride);
+    const Expanded<Operand> w{expanded, stride, w_rows};
     const auto call = [&](auto grouped) {
       expanded_rows<Operand, decltype(grouped)::value>(rows, m, m_count, w, n_count, lanes, first / kBlockColumns,
                                                        end / kBlockColumns, first != 0, scratch.sums, kBlockRows);
     };
-    if constexpr (kGrouped) {
+    if constexpr (!kIsFloat<Operand>) {
       if (way.grouped) call(std::true_type{});
     }
     if (!way.grouped) call(std::false_type{});
@@ -178,7 +207,10 @@ inline void finish(const QuantizedLinearFwdParams& p, const Way& way, const Prep
   int32_t offsets[kBlockRows] = {};  // what bytes without a sign have too much, times the sum of a row of x
   for (int64_t j = 0; j < n_count; ++j) {
     scales[j] = row_scaled ? w_rows[j].scales[0] : 1.0f;
-    if (integers && kBytes) offsets[j] = p.weight.format == WeightFormat::kInt8 ? 128 : -w_rows[j].minus_zeros[0];
+    if (integers && kBytes) {
+      const int32_t zero = p.weight.zeros != nullptr ? -w_rows[j].minus_zeros[0] : kInt4Middle;
+      offsets[j] = p.weight.format == WeightFormat::kInt8 ? 128 : zero;
+    }
   }
   if (bias != nullptr) {
     for_each_vector<float>(0, n_count, [&](int64_t j, auto part) { part.store(shifts + j, part.load(bias + n + j)); });
@@ -204,9 +236,7 @@ inline void run_tasks(const QuantizedLinearFwdParams& p, const Way& way, const c
                       int64_t end, char* task_memory) {
   const Scratch scratch(p, way, task_memory);
   const QuantizedWeight& weight = p.weight;
-  const PreparedRows rows = prepared_rows<Operand>(const_cast<char*>(memory), p.M, weight.K, way.lane_sums);
-  const bool middle = way.direct && kIsFloat<Operand> && weight.zeros == nullptr;  // which is among the levels
-  const bool zeros = weight.format == WeightFormat::kInt4 && !middle;
+  const PreparedRows rows = prepared_rows<Operand>(const_cast<char*>(memory), p.M, weight.K, way.lane_sums != 0);
   const int64_t stride = groups_stride(weight);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t n = task % way.n_blocks * kBlockRows, m = task / way.n_blocks * kTaskRows;
@@ -214,7 +244,7 @@ inline void run_tasks(const QuantizedLinearFwdParams& p, const Way& way, const c
     const int64_t m_count = p.M - m < kTaskRows ? p.M - m : kTaskRows;
     WeightRow w_rows[kBlockRows];
     for (int64_t i = 0; i < n_count; ++i) {
-      int32_t* const minus_zeros = zeros ? scratch.minus_zeros + i * stride : nullptr;
+      int32_t* const minus_zeros = weight.zeros != nullptr ? scratch.minus_zeros + i * stride : nullptr;
       read_groups(weight, n + i, scratch.scales + i * stride, minus_zeros);
       w_rows[i] = {row_of(weight, n + i), scratch.scales + i * stride, minus_zeros};
     }
@@ -237,7 +267,7 @@ QuantizedLinearWork quantized_linear_fwd_work(const QuantizedLinearFwdParams& p)
   const Way way = way_of(p);
   return with_operand(p, way, [&](auto operand) {
     QuantizedLinearWork work;
-    work.rows_bytes = prepared_rows<decltype(operand)>(nullptr, p.M, p.weight.K, way.lane_sums).bytes;
+    work.rows_bytes = prepared_rows<decltype(operand)>(nullptr, p.M, p.weight.K, way.lane_sums != 0).bytes;
     work.tasks = way.n_blocks * way.m_blocks;
     work.task_flops = 2 * kBlockRows * (p.M < kTaskRows ? p.M : kTaskRows) * p.weight.K;
     work.scratch_bytes = Scratch(p, way, nullptr).bytes;
@@ -249,7 +279,7 @@ void quantized_linear_fwd_prepare(const QuantizedLinearFwdParams& p, char* memor
   const Way way = way_of(p);
   with_operand(p, way, [&](auto operand) {
     using Operand = decltype(operand);
-    const PreparedRows rows = prepared_rows<Operand>(memory, p.M, p.weight.K, way.lane_sums);
+    const PreparedRows rows = prepared_rows<Operand>(memory, p.M, p.weight.K, way.lane_sums != 0);
     // Floats are expanded into the cache in natural order, integers as they come.
     const bool in_planes = four_bits(p.weight.format) && (way.direct || !kIsFloat<Operand>);
     with_narrow_type(p.dtype, [&](auto type) {
