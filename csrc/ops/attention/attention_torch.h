@@ -257,7 +257,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
   p.delta = delta.data_ptr<float>();
   // A gradient has the layout of its tensor; the kernels need its last dimension contiguous, as any dense layout that
   // has one there is.
-  const auto grad = [&](bool want, const at::Tensor& of) { return want ? at::empty_like(of) : none(); };
+  const auto grad = [&](bool want, const at::Tensor& of) { return want ? fresh(at::empty_like(of)) : none(); };
   const auto target = [](bool want, const at::Tensor& made) {
     return want && made.size(3) > 1 && made.stride(3) != 1 ? at::empty_like(made, at::MemoryFormat::Contiguous) : made;
   };
