@@ -116,6 +116,14 @@ def test_converted_afterwards(dtype):
     assert fast.logits(TOKENS).dtype == dtype and fast.to("cpu") is fast
 
 
+def test_moved_to_the_meta_device_afterwards():
+    """Shapes alone, as for planning memory; autocast, which our functions ask for, has no such device."""
+    model = accelerate(make(), "torch").to("meta")
+    loss = model(TOKENS.to("meta"))
+    loss.backward()
+    assert loss.is_meta and loss.shape == () and model.mlp.gate.weight.grad.is_meta
+
+
 @pytest.mark.parametrize(
     "way", (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))), ids=("copy", "pickle")
 )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llmkernels import _op, registry
 from llmkernels._autograd import differentiable_backward, is_differentiated, needs_grad, transform_active
-from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_error
+from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, autocast_dtype, dtype_error
 from llmkernels.ops.cross_entropy import reference
 from llmkernels.ops.cross_entropy.reference import Settings
 
@@ -233,7 +233,7 @@ def cross_entropy(
     weight = prepared_weight(op, weight, classes, input)
     rows = _as_rows(input, axis, classes)
     target = _as_rows(target, axis, classes) if target.is_floating_point() else target.reshape(-1)
-    dtype = accumulate_dtype(input.dtype) if torch.is_autocast_enabled(input.device.type) else input.dtype
+    dtype = accumulate_dtype(input.dtype) if autocast_dtype(input.device) else input.dtype
     loss = of_rows(
         rows, target, weight, reduction, Settings(ignore_index, label_smoothing, z_loss, softcap), dtype, backend
     )
