@@ -75,6 +75,14 @@ def keep(module: nn.Module, setting: Setting) -> None:
     vars(module).setdefault(_SETTINGS, []).append(setting)
 
 
+def forget(module: nn.Module, setting: Setting) -> None:
+    """Take a setting that was undone, or is not to be, off the module that holds it."""
+    made = vars(module)[_SETTINGS]
+    made[:] = [each for each in made if each is not setting]
+    if not made:
+        del vars(module)[_SETTINGS]
+
+
 def settings_of(module: nn.Module) -> list[Setting]:
     return vars(module).get(_SETTINGS, [])
 

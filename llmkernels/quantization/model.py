@@ -5,7 +5,7 @@ references that somebody holds, hooks and shared uses; restoring is changing bot
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -65,11 +65,7 @@ def quantize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize: model is a {type(model).__name__}, expected a torch.nn.Module")
-    if isinstance(skip, str):
-        raise TypeError(f"quantize: skip is {skip!r}, expected a tuple of names")
-    if lstms and scheme != "w8a8":
-        raise ValueError(f"quantize: lstms=True with scheme {scheme!r}, expected 'w8a8', which QuantizedLSTM is")
-    QuantizedLinear(0, 0, scheme=scheme, group_size=group_size, **options)  # for its errors, before any work
+    check_options(scheme, group_size, skip, lstms, options)
     report = Report(scheme, bytes_before=_bytes_of(model), kept=keep_original)
     chosen, skipped = choose(model, skip=tuple(skip), filter=filter, embeddings=embeddings, lstms=lstms)
     samples = {}
@@ -88,6 +84,15 @@ def quantize(
     report.layers = [entries[path] for path, _ in model.named_modules() if path in entries]
     report.bytes_after = _bytes_of(model)
     return report
+
+
+def check_options(scheme: str, group_size: int | None, skip: Iterable[str], lstms: bool, options: dict) -> None:
+    """Raises what `quantize` raises for arguments that fit no model."""
+    if isinstance(skip, str):
+        raise TypeError(f"quantize: skip is {skip!r}, expected a tuple of names")
+    if lstms and scheme != "w8a8":
+        raise ValueError(f"quantize: lstms=True with scheme {scheme!r}, expected 'w8a8', which QuantizedLSTM is")
+    QuantizedLinear(0, 0, scheme=scheme, group_size=group_size, **options)
 
 
 def choose(model: nn.Module, *, skip: tuple[str, ...] = DEFAULT_SKIP, filter: Callable | None = None,
@@ -246,16 +251,18 @@ def swap(module: nn.Module, made: nn.Module, keep_original: bool) -> None:
 
 
 def _hooks(module: nn.Module) -> dict[str, Any]:
-    """What a module object keeps whatever it becomes: its hooks, and whether it is training."""
-    return {name: value for name, value in vars(module).items() if "_hook" in name or name == "training"}
+    """What a module object keeps whatever it becomes: its hooks, whether it is training, settings of `accelerate`."""
+    kept = lambda name: "_hook" in name or name == "training" or name.startswith("_llmkernels_")
+    return {name: value for name, value in vars(module).items() if kept(name)}
 
 
-def restore_quantized(model: nn.Module) -> int:
+def restore_quantized(model: nn.Module, but: Collection[int] = ()) -> int:
     """Undo `quantize(model, keep_original=True)`: the same module objects get class and weights back. Returns how many.
 
-    Conversions and moves of the model since then are done to the weights too; a bias is kept as it is now.
+    Conversions and moves of the model since then are done to the weights too; a bias is kept as it is now. Modules
+    whose id is in `but` stay quantized.
     """
-    swapped = [module for module in model.modules() if ORIGINAL in vars(module)]
+    swapped = [module for module in model.modules() if ORIGINAL in vars(module) and id(module) not in but]
     for module in swapped:
         original = vars(module)[ORIGINAL]
         if isinstance(module, QuantizedLSTM):
