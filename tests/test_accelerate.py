@@ -353,5 +353,4 @@ def test_errors_and_report():
         llmkernels.accelerate(nn.LayerNorm(4), backend="cudnn")
     report = accelerate(nn.Sequential(nn.LayerNorm(COLS), MeanSubtracting()))
     assert str(report).startswith("accelerate: 1 swapped, 1 kept")
-    assert report.to_dict()["entries"][0]["module"] == "LayerNorm"
-    assert report.__rich__().row_count == 2
+    assert report.to_dict()["entries"][0]["module"] == "LayerNorm" and "1 kept" in report._repr_html_()

@@ -5,7 +5,7 @@ from numbers import Real
 from torch import Tensor, nn
 
 from llmkernels import functional
-from llmkernels.accelerate.candidate import Candidate, Found
+from llmkernels.accelerate.candidate import Candidate, Found, original_forward
 
 EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "rms_norm_eps")
 
@@ -48,6 +48,8 @@ class _StructuralRMSNorm:
 
     def __call__(self, module, input: Tensor, backend: str | None) -> Tensor:
         weight, eps = module.weight, getattr(module, self.eps_name)
+        if weight.dtype.itemsize == 2 and input.dtype != weight.dtype:  # T5's converts such an input, Llama's does not
+            return original_forward(module)(module, input)
         return functional.rms_norm(
             input, tuple(weight.shape), weight, eps, weight_offset=self.weight_offset, backend=backend
         )
