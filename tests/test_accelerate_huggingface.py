@@ -104,7 +104,7 @@ def test_excluding_one_layer_keeps_the_config():
     report = accelerate(model, exclude="model.layers.0")
     assert not entries(report, "fused attention") and model.config._attn_implementation == "sdpa"
     assert "model.layers.0.self_attn reads the same config: excluded" in reasons(report)
-    assert len(report.swapped) == 6  # of the other layer its rope, MLP and two norms; the last norm; the loss
+    assert len(report.swapped) == 7  # the other layer, its rope, MLP and two norms; the last norm; the loss
 
 
 def test_without_the_mask_interface_padding_would_be_lost(monkeypatch):
@@ -320,7 +320,7 @@ def test_copies_are_accelerated_and_restored_by_themselves(way):
 def test_a_model_inside_of_another_module_and_a_part_of_one():
     wrapper = nn.ModuleDict({"inner": LLAMA.make()})
     report = accelerate(wrapper)
-    assert len(report.swapped) == 12 and wrapper["inner"].config._attn_implementation == "llmkernels_torch"
+    assert len(report.swapped) == 14 and wrapper["inner"].config._attn_implementation == "llmkernels_torch"
     assert llmkernels.restore(wrapper["inner"].model) and wrapper["inner"].config._attn_implementation == "sdpa"
     assert llmkernels.restore(wrapper) == 1, "the loss, which is the outer model's"
 
@@ -330,13 +330,13 @@ def test_twice_and_in_a_context():
     accelerate(model)
     before = {id(module): type(module) for module in model.modules()}
     again = accelerate(model)
-    assert len(again.swapped) == 12 and {entry.detail for entry in again.swapped} == {"swapped before"}
+    assert len(again.swapped) == 14 and {entry.detail for entry in again.swapped} == {"swapped before"}
     with llmkernels.accelerated(model, backend="torch"):
         pass
     assert {id(module): type(module) for module in model.modules()} == before
-    assert model.config._attn_implementation == "llmkernels_torch" and llmkernels.restore(model) == 11
+    assert model.config._attn_implementation == "llmkernels_torch" and llmkernels.restore(model) == 13
     with pytest.raises(KeyError), llmkernels.accelerated(model, backend="torch", exclude="*.mlp") as report:
-        assert len(report.swapped) == 10
+        assert len(report.swapped) == 12
         raise KeyError
     assert model.config._attn_implementation == "sdpa" and llmkernels.restore(model) == 0
 

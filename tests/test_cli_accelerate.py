@@ -117,7 +117,7 @@ def test_reports_and_prompt(saved, tmp_path, capsys):
         assert main([*arguments, "--report", str(tmp_path / f"report.{ending}")]) == 0
     document = json.loads((tmp_path / "report.json").read_text())
     assert document["model"]["class"] == "LlamaForCausalLM" and document["model"]["random_weights"] is False
-    assert document["accelerate"]["swapped"] == 12 and document["accelerate"]["quantization"]["quantized"] == 14
+    assert document["accelerate"]["swapped"] == 14 and document["accelerate"]["quantization"]["quantized"] == 14
     assert "outputs differ by" in document["accelerate"]["whole"] and document["machine"]["torch"]
     prompt = document["prompt"]
     assert prompt["tokens"] == 9 and 0.01 < prompt["error"] < 0.5 and 0.0 <= prompt["same"] <= 1.0
@@ -129,7 +129,7 @@ def test_reports_and_prompt(saved, tmp_path, capsys):
     for part in ("swiglu (gate_proj, up_proj)", "fused attention, was sdpa", "int4, groups of 32", "on the prompt"):
         assert part in html.unescape(page) and part in text
     assert page.startswith("<!doctype html>") and page.count("<table>") == 3 and "http" not in page
-    assert "12 swapped" in capsys.readouterr().out
+    assert "14 swapped" in capsys.readouterr().out
 
 
 def test_config_alone_has_random_weights_and_says_so(saved, tmp_path, capsys):

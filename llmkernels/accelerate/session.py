@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from llmkernels import registry
-from llmkernels.accelerate import swap, timing, whole
+from llmkernels.accelerate import residual, swap, timing, whole
 from llmkernels.accelerate.candidate import Candidate, at_home, device_of, parameter_dtype, tensors_of
 from llmkernels.accelerate.conversion import Conversion
 from llmkernels.accelerate.huggingface import has_pretrained
@@ -68,11 +68,22 @@ class Session:
             elif found[id(module)] is not None and id(module) not in covered:
                 with at_home(*homes[id(module)]):
                     self.report.entries.append(self._consider(path, module, *found[id(module)], covered))
+        self._fuse_sums(homes)
         if has_pretrained(self.model):
             from llmkernels.accelerate.huggingface import settings
 
             self.report.entries += settings.apply(self)
         return before
+
+    def _fuse_sums(self, homes) -> None:
+        """Swap layers for the sums before norms that are swapped by now."""
+        for path, module in self.model.named_modules():
+            candidate = None if isinstance(module, swap.Accelerated) else residual.recognise(module)
+            if candidate is not None:
+                with at_home(*homes[id(module)]):
+                    entry = self._consider(path, module, [candidate], "", set())
+                if CANNOT_RUN not in entry.detail:  # a layer of another structure, whose parts are swapped
+                    self.report.entries.append(entry)
 
     def _agrees(self, before: whole.Outcome, original: whole.Outcome, call, start: Snapshot) -> bool:
         """Whether the whole model does, in its own dtype and in the one that it is cast to; if not, all is undone."""

@@ -1,5 +1,6 @@
 """LayerNorm and RMSNorm of torch, and RMS norms as models write them, found by what they are made of."""
 
+from collections.abc import Callable
 from numbers import Real
 
 from torch import Tensor, nn
@@ -40,6 +41,16 @@ def rms_norm(module, input: Tensor, backend: str | None) -> Tensor:
     return functional.rms_norm(input, module.normalized_shape, module.weight, module.eps, backend=backend)
 
 
+def add_layer_norm(module, input: Tensor, residual: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
+    return functional.add_layer_norm(
+        input, residual, module.normalized_shape, module.weight, module.bias, module.eps, backend=backend
+    )
+
+
+def add_rms_norm(module, input: Tensor, residual: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
+    return functional.add_rms_norm(input, residual, module.normalized_shape, module.weight, module.eps, backend=backend)
+
+
 class _StructuralRMSNorm:
     """rms_norm over the last dimension with the module's `weight` and the eps found under `eps_name`."""
 
@@ -53,6 +64,20 @@ class _StructuralRMSNorm:
         return functional.rms_norm(
             input, tuple(weight.shape), weight, eps, weight_offset=self.weight_offset, backend=backend
         )
+
+    def add(self, module, input: Tensor, residual: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
+        weight, offset = module.weight, self.weight_offset
+        return functional.add_rms_norm(
+            input, residual, tuple(weight.shape), weight, getattr(module, self.eps_name), weight_offset=offset,
+            backend=backend,
+        )  # fmt: skip
+
+
+def with_residual(run: Callable | None) -> Callable | None:
+    """Of the forward of a swapped norm that of `norm(input + residual)` and the sum; None: it has none."""
+    if isinstance(run, _StructuralRMSNorm):
+        return run.add
+    return {layer_norm: add_layer_norm, rms_norm: add_rms_norm}.get(run)
 
 
 def _structural(module: nn.Module) -> tuple[list[Candidate], str]:
