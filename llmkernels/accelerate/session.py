@@ -160,7 +160,7 @@ class Session:
             return "", f"backend {self.backend!r} cannot run it: {explained.reasons[self.backend]}"
         if explained.chosen == "torch" and registry.forced_backend(self.backend) is None:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in explained.reasons.items() if reason)
-            return "", f"nothing faster than plain PyTorch runs it here ({reasons})"
+            return "", f"nothing faster than plain PyTorch runs it here ({reasons or f'no kernel of {op}'})"
         return explained.chosen, None
 
 

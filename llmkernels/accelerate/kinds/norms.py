@@ -75,9 +75,10 @@ class _StructuralRMSNorm:
 
 def with_residual(run: Callable | None) -> Callable | None:
     """Of the forward of a swapped norm that of `norm(input + residual)` and the sum; None: it has none."""
-    if isinstance(run, _StructuralRMSNorm):
-        return run.add
-    return {layer_norm: add_layer_norm, rms_norm: add_rms_norm}.get(run)
+    return run.add if isinstance(run, _StructuralRMSNorm) else _ADDING.get(run)
+
+
+_ADDING = {layer_norm: add_layer_norm, rms_norm: add_rms_norm}
 
 
 def _structural(module: nn.Module) -> tuple[list[Candidate], str]:
