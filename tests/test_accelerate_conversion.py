@@ -370,6 +370,18 @@ def test_errors(name):
     facts.assert_same(model)
 
 
+def test_of_torchscript_and_before_the_first_input():
+    model = nn.Sequential(torch.jit.script(nn.LayerNorm(4)), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="dtype of a model with TorchScript in it"):
+        accelerate(model, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert len(accelerate(model, quantize="int8").quantization.quantized) == 1
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.LayerNorm(4))
+    report = accelerate(lazy, dtype=torch.bfloat16)
+    assert report.memory.after == 16 and lazy[1].weight.dtype == torch.bfloat16
+    assert llmkernels.restore(lazy) and lazy[1].weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("options", ({"dtype": torch.bfloat16}, {"quantize": "int8"}), ids=str)
 def test_in_a_distributed_data_parallel(monkeypatch, options):
     class Wrapped(nn.Module):

@@ -175,7 +175,25 @@ def _sharded():
     return norm
 
 
+class _Lazy(nn.modules.lazy.LazyModuleMixin, nn.LayerNorm):
+    """Its weight is made of the first input."""
+
+    def __init__(self):
+        super().__init__(COLS)
+        self.weight = nn.UninitializedParameter()
+
+    forward = nn.LayerNorm.forward
+
+
+def _for_inference():
+    with torch.inference_mode():
+        return nn.LayerNorm(COLS)
+
+
 LEFT_ALONE = {
+    "TorchScript": (lambda: torch.jit.script(nn.LayerNorm(COLS)), "it is TorchScript"),
+    "made in inference mode": (_for_inference, "made in inference mode"),
+    "lazy": (_Lazy, "no shape before its first input"),
     "a forward of its own": (lambda: Scaled(COLS), "not a known norm"),
     "the meta device": (lambda: nn.LayerNorm(COLS, device="meta"), "meta device"),
     "partly on the meta device": (_two_devices, "meta device"),

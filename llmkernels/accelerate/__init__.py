@@ -42,11 +42,12 @@ def accelerate(
     """Run what llmkernels knows of `model` by llmkernels, where it is verified to agree; undone by `restore`.
 
     Found by what modules are made of and compute: LayerNorm, RMSNorm and what models write in their place (Llama's and
-    Gemma's form), gated MLPs, GELU and SiLU, rotary embedding in attention modules, MultiheadAttention, LSTM, GRU, their
-    cells, Softmax, LogSoftmax, CrossEntropyLoss; sums of a residual before norms in the layers around them; in models of Hugging Face's transformers the attention itself and the loss, through the interfaces
-    that the models have; and what `@accelerate.rule(MyModule)` adds. Each replacement is first run beside the original
-    in fp64, fp32 and the module's own dtype; one that disagrees in any row is refused. Modules of one class, shapes and
-    settings are verified once. Dropout of attention is drawn from torch's generator, but it is not torch's bit for bit;
+    Gemma's form), gated MLPs, GELU and SiLU, rotary embedding in attention modules, MultiheadAttention, LSTM, GRU,
+    their cells, Softmax, LogSoftmax, CrossEntropyLoss; sums of a residual before these norms, in the layers around
+    them; in models of Hugging Face's transformers the attention itself and the loss, through the interfaces that the
+    models have; and what `@accelerate.rule(MyModule)` adds. Each replacement is first run beside the original in fp64,
+    fp32 and the module's own dtype; one that disagrees in any row is refused. Modules of one class, shapes and settings
+    are verified once. Dropout of attention is drawn from torch's generator, but it is not torch's bit for bit;
     that of an LSTM on the CPU is.
 
     Args:

@@ -164,8 +164,12 @@ def unfit(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     tensors = tensors_of(module)
+    if any(isinstance(tensor, nn.parameter.UninitializedTensorMixin) for tensor in tensors):
+        return "its parameters have no shape before its first input; accelerate it once they have"
     if any(tensor.is_meta for tensor in tensors):
         return "it is on the meta device, where there is nothing to verify with; accelerate it once it has values"
+    if any(tensor.is_inference() for tensor in tensors):
+        return "its tensors were made in inference mode, in which there are no gradients to compare"
     if any(hasattr(tensor, "placements") for tensor in tensors):
         return "its tensors are distributed; accelerate the model before it is sharded"
     devices = sorted({str(tensor.device) for tensor in tensors})

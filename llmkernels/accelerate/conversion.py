@@ -35,6 +35,8 @@ class Conversion:
             raise TypeError(f"accelerate: dtype is {dtype!r}, expected a torch.dtype or None")
         if dtype is not None and dtype not in FLOAT_DTYPES:
             raise ValueError(f"accelerate: dtype is {dtype}, expected one of {dtype_names()}")
+        if dtype is not None and any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            raise ValueError("accelerate: dtype of a model with TorchScript in it; cast the module that it was made of")
         if (dtype is not None or quantize is not None) and any(
             isinstance(module, DistributedDataParallel) for module in model.modules()
         ):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmkernels.accelerate import swap
 from llmkernels.accelerate.huggingface import is_pretrained
 from llmkernels.ops.quantized_linear.module import FIXED, QuantizedModule
+from llmkernels.quantization.model import is_lazy
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -117,8 +118,7 @@ def uncast(changed: list[tuple[nn.Module, Cast]]) -> None:
 
 
 def _converts(tensor: Tensor, dtype: torch.dtype) -> bool:
-    lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
-    return tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.dtype != dtype and not lazy
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.dtype != dtype and not is_lazy(tensor)
 
 
 def _convertible_buffers(module: nn.Module, inside: set[int]) -> dict[str, Tensor]:

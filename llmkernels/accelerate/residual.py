@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from llmkernels.accelerate import swap
-from llmkernels.accelerate.candidate import Candidate, Trial, device_of, original_forward, parameter_dtype
+from llmkernels.accelerate.candidate import Candidate, Trial, device_of, original_forward, parameter_dtype, unfit
 from llmkernels.accelerate.kinds.activations import hooked
 from llmkernels.accelerate.kinds.norms import with_residual
 from llmkernels.accelerate.rebinding import rebound
@@ -58,8 +58,10 @@ def _fits(norm: nn.Module, first: Tensor, second: Tensor) -> bool:
 
 def recognise(module: nn.Module) -> Candidate | None:
     """What may replace a layer's forward; None: it has no sum before a norm that is swapped."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     norms = [name for name, child in module.named_children() if _can_add(child)]
-    forward = _innermost(original_forward(module)) if norms else None
+    forward = _innermost(original_forward(module)) if norms and unfit(module) is None else None
     made = None if forward is None else _rewritten(forward, frozenset(norms))
     if made is None:
         return None

@@ -13,9 +13,10 @@ from llmkernels.accelerate.huggingface import has_pretrained
 from llmkernels.accelerate.kinds import recognise
 from llmkernels.accelerate.report import Entry, Memory, Report
 from llmkernels.accelerate.select import Selection
-from llmkernels.accelerate.snapshot import Snapshot, bytes_kept, bytes_of
+from llmkernels.accelerate.snapshot import Snapshot, bytes_kept
 from llmkernels.accelerate.trials import CANNOT_RUN
 from llmkernels.accelerate.verify import Verifier
+from llmkernels.quantization.model import bytes_of
 
 
 class Session:

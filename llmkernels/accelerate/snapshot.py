@@ -3,9 +3,10 @@
 from torch import Tensor, nn
 
 from llmkernels.accelerate import swap
+from llmkernels.accelerate.candidate import tensors_of
 from llmkernels.accelerate.precision import Cast
 from llmkernels.ops.quantized_linear.module import ORIGINAL
-from llmkernels.quantization.model import restore_quantized
+from llmkernels.quantization.model import is_lazy, restore_quantized
 
 
 class Snapshot:
@@ -28,11 +29,6 @@ class Snapshot:
                 vars(module).pop(ORIGINAL, None)
 
 
-def bytes_of(model: nn.Module) -> int:
-    """Bytes of parameters and buffers."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-
-
 def bytes_kept(model: nn.Module) -> int:
     """Bytes of the tensors that are kept to restore the model with, and are not in use."""
     kept: list[Tensor] = []
@@ -41,5 +37,5 @@ def bytes_kept(model: nn.Module) -> int:
             kept += [*original.parameters(), *original.buffers()]
         for setting in swap.settings_of(module):
             kept += setting.tensors() if isinstance(setting, Cast) else []
-    used = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    used = {tensor.data_ptr() for tensor in tensors_of(model) if not is_lazy(tensor)}
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in kept if tensor.data_ptr() not in used}.values())

@@ -4,8 +4,8 @@ import html
 import json
 
 from llmkernels import _html, machine
-from llmkernels.accelerate.snapshot import bytes_of
 from llmkernels.accelerate.swap import original_class
+from llmkernels.quantization.model import bytes_of
 from llmkernels.quantization.report import bytes_text
 
 _STYLE = """

@@ -66,7 +66,7 @@ def quantize(
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize: model is a {type(model).__name__}, expected a torch.nn.Module")
     check_options(scheme, group_size, skip, lstms, options)
-    report = Report(scheme, bytes_before=_bytes_of(model), kept=keep_original)
+    report = Report(scheme, bytes_before=bytes_of(model), kept=keep_original)
     chosen, skipped = choose(model, skip=tuple(skip), filter=filter, embeddings=embeddings, lstms=lstms)
     samples = {}
     if calibration is not None:
@@ -82,7 +82,7 @@ def quantize(
     for path, module in chosen.items():
         swap(module, made[path], keep_original)
     report.layers = [entries[path] for path, _ in model.named_modules() if path in entries]
-    report.bytes_after = _bytes_of(model)
+    report.bytes_after = bytes_of(model)
     return report
 
 
@@ -184,8 +184,7 @@ def _refusal(module: nn.Module, kind: type, parents: list[nn.Module], owners: di
 
 def _key(tensor: Tensor) -> int:
     """The same for tensors that begin at the same place in memory."""
-    lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
-    return id(tensor) if lazy or tensor.is_meta or not tensor.numel() else tensor.data_ptr()
+    return id(tensor) if is_lazy(tensor) or tensor.is_meta or not tensor.numel() else tensor.data_ptr()
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -201,7 +200,7 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 
 def _quantized(path: str, module: nn.Module, scheme: str, group_size: int | None, options: dict,
                sample: Tensor | None) -> tuple[nn.Module, Layer]:  # fmt: skip
-    name, before, output_error = f"{path}.weight".lstrip("."), _bytes_of(module), None
+    name, before, output_error = f"{path}.weight".lstrip("."), bytes_of(module), None
     if isinstance(module, nn.RNNBase):
         try:
             made = QuantizedLSTM.from_lstm(module)
@@ -221,7 +220,7 @@ def _quantized(path: str, module: nn.Module, scheme: str, group_size: int | None
             made, output_error = scales_of_inputs.search(module, sample, scheme, group_size, name, options)
         pairs, detail = [(made, module.weight)], made._described()
     error = _relative_error(pairs)
-    return made, Layer(path, type(module).__name__, True, detail, error, before, _bytes_of(made), output_error)
+    return made, Layer(path, type(module).__name__, True, detail, error, before, bytes_of(made), output_error)
 
 
 def _lstm_weight(made: QuantizedLSTM, name: str) -> QuantizedTensor:
@@ -277,8 +276,14 @@ def restore_quantized(model: nn.Module, but: Collection[int] = ()) -> int:
     return len(swapped)
 
 
-def _bytes_of(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+def bytes_of(module: nn.Module) -> int:
+    """Bytes of parameters and buffers, of those that have a size yet."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if not is_lazy(tensor))
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether it is to get its shape from the first input."""
+    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
 
 
 @contextlib.contextmanager

@@ -54,6 +54,8 @@ class Implementation:
 def attention_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """The modules inside of transformers' models that call their attention by way of its interface."""
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         names = getattr(getattr(inspect.unwrap(original_forward(module)), "__code__", None), "co_names", ())
         if _INTERFACE in names and hasattr(module, "config"):
             yield path, module
