@@ -109,6 +109,24 @@ def test_an_optimizer_made_before_goes_on():
     assert model.batch.running_mean.dtype == torch.float32 and bool(model.batch.running_mean.any())
 
 
+def test_momentum_of_before_goes_on_there_and_back():
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+
+    def step():
+        optimizer.zero_grad()
+        model(TOKENS).float().square().mean().backward()
+        before = model.up.weight.detach().clone()
+        optimizer.step()
+        return before.dtype, bool((model.up.weight != before).any())
+
+    assert step() == (torch.float32, True)
+    accelerate(model, dtype=torch.bfloat16)
+    assert step() == (torch.bfloat16, True)
+    llmkernels.restore(model)
+    assert step() == (torch.float32, True)
+
+
 def test_only_what_changed_since_is_rounded():
     model = make()
     facts = Facts(model)
