@@ -92,6 +92,22 @@ def test_what_our_attention_would_not_know_is_refused():
     assert "model.layers.1.self_attn reads the same config" in reasons(report)
 
 
+def test_attention_that_does_not_say_that_it_is_causal_stays():
+    """BigBirdPegasus' decoder is eager only, and gets its mask; ours would get none, and see later tokens."""
+    config = transformers.BigBirdPegasusConfig(
+        vocab_size=99, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=48, pad_token_id=0,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.BigBirdPegasusForCausalLM(config).eval()
+    ids = LLAMA.inputs()["input_ids"][:1]
+    expected = model(input_ids=ids).logits
+    report = accelerate(model)
+    assert not entries(report, "fused attention") and "does not say that it is causal" in reasons(report)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    eager = FAMILIES["bart"].make(attn_implementation="eager")
+    assert len(entries(accelerate(eager), "fused attention")) == 6, "sdpa is supported: its modules say what they are"
+
+
 def test_an_implementation_that_somebody_chose_stays():
     model = LLAMA.make(attn_implementation="flex_attention")
     report = accelerate(model)
