@@ -126,7 +126,7 @@ FAMILIES: dict[str, Family] = {
                     "max_position_embeddings": 64, "decoder_start_token_id": 2, "forced_eos_token_id": None},
         {"layer_norm": 12, "gelu": 4, "fused attention": 6,
          "add_layer_norm (self_attn_layer_norm, final_layer_norm)": 2,
-         "add_layer_norm (self_attn_layer_norm, final_layer_norm, encoder_attn_layer_norm)": 2}, "seq2seq",
+         "add_layer_norm (self_attn_layer_norm, encoder_attn_layer_norm, final_layer_norm)": 2}, "seq2seq",
     ),
     "whisper encoder": Family(
         "WhisperModel", "WhisperConfig",
