@@ -124,11 +124,14 @@ def run(args, console) -> int:
         console.print(f"  {query} -> {texts[nearest][:90]}", markup=False, highlight=False)
     some = lambda model: model.eval()(*pages[0])
     study.time("embedding", "docstrings", len(pages[0][0]), lambda: some(study.plain), lambda: some(study.fast))
-    small = copy.deepcopy(study.fast).eval()
-    console.print(llmkernels.quantize(small, "w8a8"))
-    in_int8 = ranking(small)
     kept = lambda found: float((found[:, :, None] == plain[:, None, :]).any(2).float().mean())
-    study.compare("of the five nearest in fp32, found with W8A8", "share", 1.0, kept(in_int8))
+    for scheme, name in (("int8", "int8"), ("w8a8", "W8A8")):
+        small = copy.deepcopy(study.fast).eval()
+        report = llmkernels.quantize(small, scheme)
+        found = ranking(small)
+        study.compare(f"of the five nearest in fp32, found with {name}", "share", 1.0, kept(found))
+        study.facts[f"same_nearest_{scheme}"] = torch.equal(found[:, 0], plain[:, 0])
+    console.print(report)
     study.compare("weights, fp32 and W8A8", "MB", size(study.plain), size(small), smaller=True)
     study.time("embedding, fp32 and W8A8", "docstrings", len(pages[0][0]), lambda: some(study.plain),
                lambda: some(small))  # fmt: skip

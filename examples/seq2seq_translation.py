@@ -166,6 +166,8 @@ def beam(model: Model, questions: Tensor, width: int = 3) -> list[str]:
 def run(args, console) -> int:
     if args.text is not None:
         raise UsageError("--text: this example makes its own questions, expected none")
+    if args.questions < 1:
+        raise UsageError(f"--questions is {args.questions}, expected at least 1")
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         questions, answers = examples(args.seed * 1_000_003 + step, BATCH)
@@ -173,7 +175,7 @@ def run(args, console) -> int:
 
     study = Study("seq2seq_translation", args, console, Model().to(args.device))
     study.train(batch, loss, items=BATCH, unit="answers", rate=2e-3)
-    asked, expected = examples(-1, QUESTIONS)
+    asked, expected = examples(-1, args.questions)
     questions = encode(asked, ends=False).to(args.device)
     study.facts["same_answers"], undone = True, study.undone()
     for name, search in (("greedy", greedy), ("beam", beam)):
@@ -183,12 +185,17 @@ def run(args, console) -> int:
         right = lambda model, answers=answers: sum(map(str.__eq__, answers[model], expected)) / len(expected)
         study.value(f"exact answers, {name}", "share", right)
         some = questions[:TIMED]
-        study.time(f"answering, {name}", "answers", TIMED, lambda search=search, some=some: search(study.plain, some),
-                   lambda search=search, some=some: search(study.fast, some))  # fmt: skip
+        answer = lambda model, search=search, some=some: search(model, some)
+        study.time(f"answering, {name}", "answers", len(some), lambda answer=answer: answer(study.plain),
+                   lambda answer=answer: answer(study.fast))  # fmt: skip
     for question, answer in list(zip(asked, answers[study.fast], strict=True))[:4]:
         console.print(f"  {question[1:]} -> {answer}", markup=False, highlight=False)
     return max(study.finish(), 0 if study.facts["same_answers"] else 1)
 
 
+def add_arguments(parser) -> None:
+    parser.add_argument("--questions", type=int, default=QUESTIONS, help=f"to answer at the end (default {QUESTIONS})")
+
+
 if __name__ == "__main__":
-    sys.exit(main(run, __doc__, steps=400))
+    sys.exit(main(run, __doc__, steps=400, add_arguments=add_arguments))

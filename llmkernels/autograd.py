@@ -9,6 +9,7 @@ from llmkernels.ops.lstm.gru import GRUFunction
 from llmkernels.ops.lstm.op import LSTMCellFunction, LSTMFunction
 from llmkernels.ops.norm.dropout import DropoutAddLayerNormFunction, DropoutAddRMSNormFunction
 from llmkernels.ops.norm.op import LayerNormFunction, RMSNormFunction
+from llmkernels.ops.quantized_linear.norm_op import RMSNormQuantizedLinearFunction
 from llmkernels.ops.quantized_linear.op import QuantizedLinearFunction
 from llmkernels.ops.rope.op import RopeFunction, RopeInplaceFunction
 from llmkernels.ops.softmax.op import SoftmaxFunction
@@ -27,6 +28,7 @@ __all__ = [
     "LinearCrossEntropyFunction",
     "QuantizedLinearFunction",
     "RMSNormFunction",
+    "RMSNormQuantizedLinearFunction",
     "RopeFunction",
     "RopeInplaceFunction",
     "SoftmaxFunction",

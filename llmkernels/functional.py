@@ -13,6 +13,7 @@ from llmkernels.ops.lstm.gru import gru, gru_cell
 from llmkernels.ops.lstm.sequence import lstm
 from llmkernels.ops.norm.dropout import dropout_add_layer_norm, dropout_add_rms_norm
 from llmkernels.ops.norm.op import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from llmkernels.ops.quantized_linear.norm_op import rms_norm_quantized_linear
 from llmkernels.ops.quantized_linear.op import quantized_linear
 from llmkernels.ops.rope.cache import rope_cache
 from llmkernels.ops.rope.op import rope, rope_
@@ -40,6 +41,7 @@ __all__ = [
     "quantized_linear",
     "reglu",
     "rms_norm",
+    "rms_norm_quantized_linear",
     "rope",
     "rope_",
     "rope_cache",

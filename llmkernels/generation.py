@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkernels.accelerate import huggingface
+from llmkernels.accelerate.huggingface import attention
 from llmkernels.ops.softmax.sample import sample
 
 OP = "generate"
@@ -31,6 +33,7 @@ def generate(
     stop_tokens: int | Iterable[int] | None = None,
     pad_token: int | None = None,
     on_tokens: Callable[[Tensor], Any] | None = None,
+    cache: Any = None,
 ) -> Tensor:
     """Continue each row of `input_ids`, token by token; greedily it gives what transformers' own generate gives.
 
@@ -46,9 +49,12 @@ def generate(
             first of the stop tokens.
         on_tokens: called with the new tokens `[B]` of each step, on the model's device; padding in rows that have
             ended. Returning False stops.
+        cache: "static" or "paged", which make a cache of llmkernels.huggingface with the room that is needed (models of
+            transformers); or a cache to go on with, whose keys are those of the first tokens of `input_ids`. Default:
+            "static" where accelerate has made the model's attention ours, else what the model itself makes.
     Returns: `[B, S + new]` int64: the prompts and what follows them, until all rows have ended.
     Raises: TypeError or ValueError: shapes, dtypes or options do not fit, padding is not on the left alone, an
-        encoder-decoder is given, or the model gives no logits and cache.
+        encoder-decoder is given, the cache is too small, or the model gives no logits and cache.
     """
     prompt = _checked_mask(model, input_ids, attention_mask)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
@@ -56,11 +62,12 @@ def generate(
     stops = _stops(model, stop_tokens)
     pad = _pad(model, pad_token, stops)
     ends = torch.tensor(stops, dtype=torch.int64, device=input_ids.device)
-    step = _Step(model, input_ids, prompt)
+    length = input_ids.shape[1] + max(max_new_tokens - 1, 0)  # the last token's keys are never needed
+    step = _Step(model, input_ids, prompt, _cache(model, cache, len(input_ids), length))
     ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     tokens = [input_ids]
     for index in range(max_new_tokens):
-        logits = step(tokens[-1])
+        logits = step(tokens[-1] if index else input_ids[:, step.seen :])
         new = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, generator=generator)
         if stops:
             new = torch.where(ended, pad, new)
@@ -76,11 +83,15 @@ def generate(
 class _Step:
     """Logits `[B, V]` after the tokens that it is given, beside the cache of all before them."""
 
-    def __init__(self, model: nn.Module, input_ids: Tensor, mask: Tensor | None):
-        self.model, self.mask, self.cache = model, mask, None
+    def __init__(self, model: nn.Module, input_ids: Tensor, mask: Tensor | None, cache):
+        self.model, self.mask, self.cache = model, mask, cache
         self.known = inspect.signature(model.forward).parameters
+        self.seen = 0 if cache is None else int(cache.get_seq_length())
+        if self.seen >= input_ids.shape[1]:
+            raise ValueError(f"{OP}: cache has {self.seen} tokens, expected fewer than input_ids, {input_ids.shape[1]}")
         # Without padding the model knows positions and mask by itself, and makes no mask at all.
-        self.positions = None if mask is None else (mask.cumsum(1) - 1).clamp_(min=0)
+        self.positions = None if mask is None else (mask.cumsum(1) - 1).clamp_(min=0)[:, self.seen :]
+        self.prompted = False
         self.options = {"use_cache": True}
         if "logits_to_keep" in self.known:
             self.options["logits_to_keep"] = 1  # of a prompt's logits only the last are asked for
@@ -91,9 +102,10 @@ class _Step:
         options = dict(self.options)
         if self.cache is not None:
             options["past_key_values"] = self.cache
-            if self.mask is not None:
-                self.mask = torch.cat((self.mask, self.mask.new_ones(len(tokens), 1)), 1)
-                self.positions = self.positions[:, -1:] + 1
+        if self.prompted and self.mask is not None:
+            self.mask = torch.cat((self.mask, self.mask.new_ones(len(tokens), 1)), 1)
+            self.positions = self.positions[:, -1:] + 1
+        self.prompted = True
         if self.mask is not None:
             options["attention_mask"] = self.mask
             if "position_ids" in self.known:
@@ -106,6 +118,32 @@ class _Step:
                 f"{'logits' if logits is None else 'past_key_values'}, expected a causal language model with a cache"
             )
         return logits[:, -1]
+
+
+def _cache(model: nn.Module, given: Any, batch: int, length: int) -> Any:
+    """The cache to begin with, or None: the model makes one."""
+    if given is not None and not isinstance(given, str):
+        if not callable(getattr(given, "get_seq_length", None)):
+            raise TypeError(f"{OP}: cache is {type(given).__name__}, expected 'static', 'paged' or a cache")
+        room = getattr(given, "max_length", length)
+        if room < length:
+            raise ValueError(
+                f"{OP}: cache has room for {room} tokens, expected {length}, all of the result but the last"
+            )
+        return given
+    if given not in (None, "static", "paged"):
+        raise ValueError(f"{OP}: cache is {given!r}, expected 'static', 'paged' or a cache")
+    if not huggingface.is_pretrained(model):
+        if given is None:
+            return None
+        raise TypeError(f"{OP}: cache is {given!r}, expected None for {type(model).__name__}, not a transformers model")
+    from llmkernels.huggingface import caches
+
+    if given is None and not (attention.is_ours(model.config.get_text_config()) and caches.why_not(model) is None):
+        return None
+    if given == "paged":
+        return caches.PagedCache(model, batch * -(-length // caches.PAGE_SIZE))
+    return caches.StaticCache(model, length)
 
 
 def _checked_mask(model: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Tensor | None:

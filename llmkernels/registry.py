@@ -30,6 +30,7 @@ class _Forced(threading.local):
 
 _forced = _Forced()
 _registry: dict[str, tuple["Backend", ...]] = {}
+_on_cpu: dict[str, tuple["Backend", ...]] = {}  # the same without CUDA kernels, which refuse every tensor on the CPU
 _by_name: dict[tuple[str, str], "Backend"] = {}
 _extra_names: set[str] = set()
 _observer: Callable | None = None
@@ -87,6 +88,7 @@ def register(op: str, *entries: Backend) -> None:
     if choices[-1].name != "torch":
         raise ValueError(f"{op}: the last backend must be 'torch', which never refuses, got {choices[-1].name!r}")
     _registry[op] = choices
+    _on_cpu[op] = tuple(entry for entry in choices if entry.name != "cuda")
     _by_name.update({(op, entry.name): entry for entry in entries})
 
 
@@ -154,7 +156,8 @@ def pick(op: str, tensors: tuple, backend: str | None = None) -> Backend:
         _observer(op, tensors, backend)
     forced = forced_backend(backend)
     refusals = []
-    for entry in _candidates(op, forced):
+    asked = _on_cpu[op] if forced is None and tensors[0].is_cpu else _candidates(op, forced)
+    for entry in asked:
         reason = entry.reason(tensors)
         if reason is None:
             if refusals and entry.name == "torch":

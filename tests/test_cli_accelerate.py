@@ -34,7 +34,7 @@ def add_tokenizer(folder) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders of a Llama, a T5 (tied) and a GPT-2 (no Linear) with weights, as transformers saves them."""
+    """Folders of a Llama, a T5 (tied) and a GPT-2 (Conv1D) with weights, as transformers saves them."""
     root = tmp_path_factory.mktemp("models")
     for name in ("llama", "t5", "gpt2"):
         FAMILIES[name].make().save_pretrained(root / name)
@@ -51,7 +51,7 @@ def original(folder, **options):
 
 
 @pytest.mark.parametrize("scheme", (None, "int4", "w8a8", "fp8"))
-@pytest.mark.parametrize("name, dtype", (("llama", "bfloat16"), ("t5", None)))
+@pytest.mark.parametrize("name, dtype", (("llama", "bfloat16"), ("t5", None), ("gpt2", None)))
 def test_written_and_read_again_bit_by_bit(name, dtype, scheme, saved, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--quantize", scheme] if scheme else []
@@ -231,7 +231,8 @@ def test_refuses_arguments(saved, tmp_path, capsys):
     assert "--report: no folder" in refused(capsys, llama, "--report", tmp_path / "nowhere/report.txt")
     assert "64 at most" in refused(capsys, llama, "--prompt", "fox " * 65)
     assert "has no tokenizer" in refused(capsys, llama / "config.json", "--prompt", TEXT)
-    assert "no torch.nn.Linear that can be" in refused(capsys, saved / "gpt2", "--quantize", "int4")
+    none = refused(capsys, saved / "gpt2", "--quantize", "int4", "--skip", "lm_head", "--skip", "h")
+    assert "no linear layer that can be: " in none and "transformer.h.0.attn.c_attn: skip names 'h'" in none
 
 
 def test_refuses_folders(saved, tmp_path, capsys):

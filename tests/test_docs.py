@@ -44,6 +44,14 @@ def test_python_code_in_accelerate_md_runs():
         exec(compile(block, "docs/accelerate.md", "exec"), {"__name__": "docs"})
 
 
+def test_python_code_in_generation_md_runs():
+    pytest.importorskip("transformers")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/generation.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "docs/generation.md", "exec"), {"__name__": "docs"})
+
+
 def test_accelerate_md_explains_every_option_and_kind():
     page = (ROOT / "docs/accelerate.md").read_text()
     for option in inspect.signature(llmkernels.accelerate).parameters.values():

@@ -20,6 +20,7 @@ SMALL = {
     "seq2seq_translation": (20, 0.8),
     "sentence_search": (12, 1.0),
 }
+MORE = {"seq2seq_translation": ("--questions", "12")}
 # What the same weights must give both ways.
 SAME = {
     "transformer_language_model": "same_text",
@@ -38,7 +39,7 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("name", SMALL)
 def test_both_ways_agree(name, tmp_path):
     steps, fallen = SMALL[name]
-    done = run(name, "--steps", str(steps), "--out", str(tmp_path))
+    done = run(name, "--steps", str(steps), "--out", str(tmp_path), *MORE.get(name, ()))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = sorted(tmp_path.glob("*.json"))
     assert found and all(path.with_suffix(".png").stat().st_size > 1000 for path in found)
@@ -53,6 +54,8 @@ def test_both_ways_agree(name, tmp_path):
         if name in FLOORS:
             assert min(accuracy["plain"], accuracy["fast"]) > FLOORS[name]
         assert name not in SAME or document["facts"][SAME[name]] is True
+        if name == "sentence_search":  # the nearest of all, in integers too
+            assert document["facts"]["same_nearest_int8"] and document["facts"]["same_nearest_w8a8"]
         for row in rows.values():
             assert row["plain"] >= 0.0 and row["fast"] >= 0.0
             if row["ratio"] is None and row["unit"] in ("share", "nats"):
@@ -69,6 +72,7 @@ def test_both_ways_agree(name, tmp_path):
         ("sentence_search", ("--model", "nowhere"), "--model: nowhere has no config.json"),
         ("digits_classifier", ("--steps", "1"), "--steps is 1, expected at least 4"),
         ("seq2seq_translation", ("--text", "empty.txt"), "makes its own questions"),
+        ("seq2seq_translation", ("--questions", "0"), "--questions is 0, expected at least 1"),
     ],
 )
 def test_bad_input_is_one_line_and_status_two(name, arguments, message, tmp_path, monkeypatch):

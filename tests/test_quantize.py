@@ -243,12 +243,13 @@ def test_lstms():
     assert type(model["a"]) is nn.LSTM
 
 
-def test_python_code_in_quantize_md_runs():
+@pytest.mark.parametrize("page, count", (("quantize", 4), ("quantized-linear", 2)))
+def test_python_code_in_the_pages_runs(page, count):
     pytest.importorskip("safetensors")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/quantize.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.DOTALL)
+    assert len(blocks) == count
     for block in blocks:
-        exec(compile(block, "docs/quantize.md", "exec"), {})
+        exec(compile(block, f"docs/{page}.md", "exec"), {})
 
 
 def test_docs_name_every_scheme_and_format():

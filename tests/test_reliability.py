@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import gc
+import re
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,3 +191,22 @@ def test_all_16_bit_inputs_through_load_and_store(dtype, isa):
     assert torch.equal(torch.isnan(total), nan) and torch.equal(torch.isnan(doubled), nan)
     assert torch.equal(total[~nan], (x + 0.0)[~nan])
     assert torch.equal(doubled[~nan], (x + x)[~nan])
+
+
+@cpu
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no transparent huge pages")
+@pytest.mark.parametrize("megabytes, asked", ((16, False), (48, True)))
+def test_large_results_lie_in_huge_pages(megabytes, asked):
+    """In what the C library maps afresh in each call; never in pages that reach beyond the result."""
+    x = torch.randn(megabytes << 10, 256)
+    y = functional.softmax(x, -1)
+    middle, inside = y.data_ptr() + y.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if place := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(text, 16) for text in place.groups())
+            inside = begin <= middle < end
+        elif inside and line.startswith("VmFlags"):
+            assert ("hg" in line.split()) == asked
+            assert not asked or (y.data_ptr() <= begin and end <= y.data_ptr() + y.nbytes)
+            return
+    raise AssertionError("no such mapping")

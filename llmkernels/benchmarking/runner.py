@@ -112,8 +112,10 @@ def measure(cases, bench, case, mode: str, device: str, *, seconds: float, compi
         copy = summary(times.pop("copy"))["median"]
     results = {name: summary(values) for name, values in times.items()}
     peers = [name for name in results if name not in registry.BACKENDS]
-    best = min(peers, key=lambda name: results[name]["median"])
-    ratios = {name: ratio(times[best], times[name]) for name in results if name in registry.BACKENDS}
+    best, ratios = None, {}  # no peer may be left: none was asked for, or all of them are wrong
+    if peers:
+        best = min(peers, key=lambda name: results[name]["median"])
+        ratios = {name: ratio(times[best], times[name]) for name in results if name in registry.BACKENDS}
     dtype = str(case.dtype).removeprefix("torch.")
     flops = cases.flops(case, mode) if mode != "call" and hasattr(cases, "flops") else None
     return Measured(str(case), case.op, mode, dtype, size, results, wrong, copy, flops, best, ratios)

@@ -119,7 +119,7 @@ def _run(work: Work, console) -> int:
             exclude=args.exclude, benchmark=args.benchmark, example_inputs=None if prompt is None else prompt.inputs,
         )  # fmt: skip
     if report.quantization is not None and not report.quantization.quantized:
-        raise UsageError(f"--quantize: the model has no torch.nn.Linear that can be: {_why_not(report.quantization)}")
+        raise UsageError(f"--quantize: the model has no linear layer that can be: {_why_not(report.quantization)}")
     console.print(report)
     disagrees = report.whole is not None and not report.swapped
     out = None if disagrees else args.out

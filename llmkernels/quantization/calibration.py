@@ -38,7 +38,7 @@ def collect(model: nn.Module, layers: dict[str, nn.Module], batches: Iterable[An
 
     def keep(path: str):
         def hook(module, args, kwargs):
-            x = args[0] if args else kwargs["input"]
+            x = args[0] if args else next(iter(kwargs.values()))  # it has one argument, of some name
             x = x.detach().reshape(-1, x.shape[-1])
             rows = x[:: max(1, -(-len(x) // CALL_ROWS))].float()
             if not bool(rows.isfinite().all()):

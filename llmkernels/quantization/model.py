@@ -16,7 +16,7 @@ from llmkernels.ops.cross_entropy.module import LinearCrossEntropyLoss
 from llmkernels.ops.lstm.quantized import SCALE, QuantizedLSTM
 from llmkernels.ops.quantized_linear.embedding import QuantizedEmbedding
 from llmkernels.ops.quantized_linear.module import ORIGINAL, QuantizedLinear, QuantizedModule
-from llmkernels.quantization import SCHEMES
+from llmkernels.quantization import SCHEMES, linears
 from llmkernels.quantization import calibration as scales_of_inputs
 from llmkernels.quantization.report import Layer, Report
 from llmkernels.quantization.tensor import QuantizedTensor
@@ -42,9 +42,10 @@ def quantize(
 ) -> Report:
     """Quantize the weights of a model's linear layers, in place; of all that are chosen, or after an error of none.
 
-    Chosen are torch.nn.Linear and subclasses that do not override `forward`. Left alone, with the reason in the report,
-    are what `skip` and `filter` say, weights that another module has too (tied embeddings), parametrized weights,
-    layers whose weight the module around them reads itself, and what is on the meta device.
+    Chosen are torch.nn.Linear, transformers' Conv1D (GPT-2), whose weight `[in, out]` is transposed, and subclasses
+    that do not override `forward`. Left alone, with the reason in the report, are what `skip` and `filter` say, weights
+    that another module has too (tied embeddings), parametrized weights, layers whose weight the module around them
+    reads itself, and what is on the meta device.
 
     Args:
         scheme: "int8", "int4", "nf4", "fp8" (weights alone), "w8a8", "w4a8", "fp8_dynamic" (activations rounded too).
@@ -70,7 +71,7 @@ def quantize(
     chosen, skipped = choose(model, skip=tuple(skip), filter=filter, embeddings=embeddings, lstms=lstms)
     samples = {}
     if calibration is not None:
-        linear = {path: module for path, module in chosen.items() if isinstance(module, nn.Linear)}
+        linear = {path: module for path, module in chosen.items() if linears.kind_of(module)}
         samples = scales_of_inputs.collect(model, linear, calibration)
     made: dict[str, nn.Module] = {}
     entries = {layer.path: layer for layer in skipped}
@@ -106,7 +107,11 @@ def choose(model: nn.Module, *, skip: tuple[str, ...] = DEFAULT_SKIP, filter: Ca
     unknown = [name for name in skip if name not in DEFAULT_SKIP and not any(_named([p], (name,)) for p in everywhere)]
     if unknown:
         raise ValueError(f"quantize: skip names {unknown[0]!r}, but the model has no such module")
-    wanted = (nn.Linear, *([nn.Embedding] if embeddings else []), *([nn.LSTM] if lstms else []))
+    unwanted = {}
+    if not embeddings:
+        unwanted[nn.Embedding] = "embeddings=False"
+    if not lstms:
+        unwanted[nn.LSTM] = "lstms=False"
     chosen, skipped = {}, []
     for path, module in model.named_modules():
         if isinstance(module, QuantizedModule | QuantizedLSTM):
@@ -117,8 +122,8 @@ def choose(model: nn.Module, *, skip: tuple[str, ...] = DEFAULT_SKIP, filter: Ca
             continue
         if named := _named(paths[id(module)], skip):
             reason = f"skip names {named!r}"
-        elif kind not in wanted:
-            reason = {nn.Embedding: "embeddings=False", nn.LSTM: "lstms=False"}[kind]
+        elif kind in unwanted:
+            reason = unwanted[kind]
         else:
             parents = [model.get_submodule(each.rpartition(".")[0]) for each in paths[id(module)] if each]
             reason = _refusal(module, kind, parents, owners)
@@ -132,10 +137,10 @@ def choose(model: nn.Module, *, skip: tuple[str, ...] = DEFAULT_SKIP, filter: Ca
 
 
 def _kind(module: nn.Module) -> type | None:
-    """Linear, Embedding or LSTM of torch.nn, or None."""
+    """Linear, Embedding or LSTM of torch.nn, transformers' Conv1D, or None."""
     if isinstance(module, nn.RNNBase):  # which our own LSTM is
         return nn.LSTM if module.mode == "LSTM" else None
-    return next((kind for kind in (nn.Linear, nn.Embedding) if isinstance(module, kind)), None)
+    return nn.Embedding if isinstance(module, nn.Embedding) else linears.kind_of(module)
 
 
 def _named(paths: list[str], names: tuple[str, ...]) -> str | None:
@@ -151,7 +156,7 @@ def _named(paths: list[str], names: tuple[str, ...]) -> str | None:
 
 
 def _refusal(module: nn.Module, kind: type, parents: list[nn.Module], owners: dict) -> str | None:
-    """Why a Linear, Embedding or LSTM cannot be quantized, or None."""
+    """Why a module of a kind of `_kind` cannot be quantized, or None."""
     if parametrize.is_parametrized(module):
         return "its weight is parametrized"
     ours = kind is nn.LSTM and type(module).__module__.startswith("llmkernels.")
@@ -214,11 +219,12 @@ def _quantized(path: str, module: nn.Module, scheme: str, group_size: int | None
         made = QuantizedEmbedding.from_embedding(module, format, group_size=group_size, name=name, **options)
         pairs, detail = [(made.quantized_weight, module.weight)], made._described()
     else:
+        linear = linears.as_linear(module)
         if sample is None:
-            made = QuantizedLinear.from_linear(module, scheme, group_size=group_size, name=name, **options)
+            made = QuantizedLinear.from_linear(linear, scheme, group_size=group_size, name=name, **options)
         else:
-            made, output_error = scales_of_inputs.search(module, sample, scheme, group_size, name, options)
-        pairs, detail = [(made, module.weight)], made._described()
+            made, output_error = scales_of_inputs.search(linear, sample, scheme, group_size, name, options)
+        pairs, detail = [(made, linear.weight)], made._described()
     error = _relative_error(pairs)
     return made, Layer(path, type(module).__name__, True, detail, error, before, bytes_of(made), output_error)
 
@@ -268,7 +274,7 @@ def restore_quantized(model: nn.Module, but: Collection[int] = ()) -> int:
             now = next((b for name, b in module.named_buffers() if name.startswith("bias")), module.weight_ih_l0)
             original.to(now.device, now.dtype if now.is_floating_point() else None)
         hooks = _hooks(module)
-        if isinstance(original, nn.Linear):
+        if linears.kind_of(original):
             original._parameters["bias"] = module.bias
         module.__class__ = type(original)
         vars(module).clear()

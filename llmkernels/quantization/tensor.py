@@ -1,7 +1,8 @@
 """QuantizedTensor: a weight matrix in one of the formats, with what it takes to read it."""
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -99,6 +100,46 @@ def empty_tensor(shape: tuple[int, int], scheme: str, device=None, **options) ->
     """Zeros in `scheme`, for what is loaded later. Raises: as `quantize_tensor`."""
     module, activations = scheme_of("empty_tensor", scheme)
     return module.empty(tuple(shape), device, activations=activations, **options)
+
+
+def concatenate(weights: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Weights of one input under each other, `[N1 + N2 + ..., K]`: query, key and value, gate and up.
+
+    Nothing is rounded again: what it dequantizes to is what they do.
+
+    Raises: ValueError: there is none, or they are not alike; nf4 with double=True, whose scales share numbers across
+        rows; fp8 in blocks of 128 rows, of which one but the last weight has a part.
+    """
+    if not weights:
+        raise ValueError("concatenate: weights is empty, expected one at least")
+    first, rows = weights[0], sum(weight.shape[0] for weight in weights)
+    for number, weight in enumerate(weights):
+        for (name, got), expected in zip(_alike(weight).items(), _alike(first).values(), strict=True):
+            if got != expected:
+                raise ValueError(f"concatenate: {name} of weight {number} is {got}, expected {expected}, weight 0's")
+        if first.order is not None and not torch.equal(weight.order, first.order):
+            raise ValueError(f"concatenate: the columns of weight {number} are stored in another order than weight 0's")
+        if weight.second_scales is not None:
+            raise ValueError("concatenate: weights are nf4 with double=True, whose scales share numbers across rows")
+        blocks = first.group_size if first.format == "fp8" and first.group_size else 1
+        if weight.shape[0] % blocks and number + 1 < len(weights):
+            got = weight.shape[0]
+            raise ValueError(f"concatenate: weight {number} has {got} rows, expected whole blocks of {blocks}")
+    names = [name for name in first.parts if name != "order"]
+    parts = {name: torch.cat([getattr(weight, name) for weight in weights]) for name in names}
+    return replace(first, shape=(rows, first.shape[1]), **parts)
+
+
+def _alike(weight: QuantizedTensor) -> dict:
+    """What weights that are concatenated have in common."""
+    return {
+        "scheme": weight.scheme,
+        "columns": weight.shape[1],
+        "group_size": weight.group_size,
+        "parts": ", ".join(weight.parts),
+        "dtype of scales": weight.scales.dtype,
+        "device": weight.data.device,
+    }
 
 
 def scheme_of(who: str, scheme: str) -> tuple[ModuleType, str | None]:

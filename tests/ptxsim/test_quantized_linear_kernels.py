@@ -62,6 +62,16 @@ def test_which_kernel_runs(variant, M, dtype, ways):
     ]
 
 
+def test_the_norm_is_in_the_kernel_that_rounds():
+    norm = cases.OPS[1]
+    case = QuantizedLinearCase("w8a8", 3, 40, 64, torch.bfloat16, op=norm)
+    kernels = [name for name, _ in launched(case, "cuda-sim-sm80")]
+    assert kernels[:2] == [ROUND, INT8] and DX in kernels and "norm_bwd" in "".join(kernels)
+    assert "norm_fwd" not in "".join(kernels)
+    kernels = [name for name, _ in launched(dataclasses.replace(case, variant="int4"), "cuda-sim-sm80")]
+    assert kernels[:2] == ["norm_fwd", TOKENS]
+
+
 # Of each kernel a K that is cut into several parts, unequal ones, and an N and M that fill no tile.
 PARTS = [
     (QuantizedLinearCase("int4", 1, 40, 12500, torch.float32), 4),
@@ -76,6 +86,7 @@ PARTS = [
     (QuantizedLinearCase("w8a8", 70, 40, 1100, torch.float16, bias=False), 2),
     (QuantizedLinearCase("w4a8_row", 5, 150, 1700, torch.float32), 3),
     (QuantizedLinearCase("w4a8_zeros", 70, 40, 1100, torch.bfloat16), 2),
+    (QuantizedLinearCase("w8a8", 5, 150, 1700, torch.bfloat16, op=cases.OPS[1]), 3),
 ]
 
 
@@ -200,6 +211,7 @@ SCHEDULED = [
     QuantizedLinearCase("w8a8", 20, 140, 650, torch.bfloat16),
     QuantizedLinearCase("w8a8", 70, 40, 333, torch.float32),
     QuantizedLinearCase("w4a8_zeros", 20, 140, 650, torch.bfloat16),
+    QuantizedLinearCase("w4a8", 5, 40, 2300, torch.bfloat16, op=cases.OPS[1]),
 ]
 
 

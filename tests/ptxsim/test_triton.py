@@ -131,6 +131,17 @@ QUANTIZED_LINEAR = [
         ("fp8_dynamic_block", 3, 24, 130, torch.bfloat16),
     )
 ]
+# The norm before activations are rounded, in one pass of a block and in two, and before others are multiplied.
+QUANTIZED_LINEAR += [
+    quantized_linear.QuantizedLinearCase(variant, M, N, K, dtype, op="rms_norm_quantized_linear")
+    for variant, M, N, K, dtype in (
+        ("w8a8", 3, 40, 200, torch.bfloat16),
+        ("w8a8", 2, 20, 2100, torch.float32),
+        ("w4a8", 3, 40, 130, torch.float16),
+        ("fp8_dynamic", 2, 33, 65, torch.bfloat16),
+        ("nf4", 2, 33, 65, torch.bfloat16),
+    )
+]
 
 
 @pytest.fixture(params=NAMES)

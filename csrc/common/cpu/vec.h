@@ -265,10 +265,10 @@ inline void for_each_vector(int64_t begin, int64_t end, F&& f) {
   if (j < end) f(j, Tail{static_cast<int>(end - j)});
 }
 
-// --- horizontal sum, always in the same order: halves are added until one lane is left ---
+// --- all lanes as one, always in the same order: halves are joined by f until one lane is left ---
 
-template <class Acc, int kWidth>
-inline Acc sum_lanes(Vec<Acc> value) {
+template <class Acc, int kWidth = kLanes<Acc>, class F>
+inline Acc fold(Vec<Acc> value, F&& f) {
   if constexpr (kWidth == 1) {
     return value[0];
   } else {
@@ -276,13 +276,13 @@ inline Acc sum_lanes(Vec<Acc> value) {
     typedef Index Indices __attribute__((vector_size(kVectorBytes)));
     Indices upper{};
     for (int i = 0; i < kWidth / 2; ++i) upper[i] = i + kWidth / 2;
-    return sum_lanes<Acc, kWidth / 2>(value + __builtin_shuffle(value, upper));
+    return fold<Acc, kWidth / 2>(f(value, __builtin_shuffle(value, upper)), f);
   }
 }
 
 template <class Acc>
 inline Acc sum(Vec<Acc> value) {
-  return sum_lanes<Acc, kLanes<Acc>>(value);
+  return fold<Acc>(value, [](Vec<Acc> a, Vec<Acc> b) { return a + b; });
 }
 
 // --- calls f(T{}) for an element type ---

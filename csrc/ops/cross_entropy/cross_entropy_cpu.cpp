@@ -56,13 +56,6 @@ inline Vec<Acc> keep_or(Tail part, Vec<Acc> value, Acc other) {
   return lane < static_cast<Acc>(part.count) ? value : splat(other);
 }
 
-template <class Acc>
-inline Acc largest(Vec<Acc> value) {
-  Acc result = value[0];
-  for (int i = 1; i < kLanes<Acc>; ++i) result = value[i] > result ? value[i] : result;
-  return result;
-}
-
 // The larger of two; where `a` is a NaN, `b`.
 template <class Acc>
 inline Vec<Acc> larger(Vec<Acc> a, Vec<Acc> b) {
@@ -152,7 +145,7 @@ struct Row {
         if constexpr (kCap) values[count] = value;
         ++count;
       });
-      const Acc before = max, here = largest<Acc>(larger<Acc>(highest[0], highest[1]));
+      const Acc before = max, here = fold<Acc>(larger<Acc>(highest[0], highest[1]), larger<Acc>);
       if (here > max) max = here;
       const Acc shift = max == -kInfinity<Acc> ? 0 : max;  // of nothing but -Inf so far: exp(-Inf) = 0, and no NaN
       if (before != max && before != -kInfinity<Acc>) {

@@ -1,6 +1,7 @@
 // The backward of layer_norm and rms_norm on the CPU, compiled once per instruction set. The maths is in norm.h.
 #include <initializer_list>
 
+#include "common/cpu/ahead.h"
 #include "ops/norm/norm_cpu_rows.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
@@ -51,7 +52,7 @@ inline RowFactors<AccOf<T>> row_factors(const NormBwdParams& p, int64_t row) {
 // are read and written half as often, gained 5 % in the second-level cache and took 1.5 times as long from memory (Zen 5,
 // 4096 x 1024): the prefetcher follows one stream of stores, not two.
 template <class T, class W, bool kRms, bool kWeight>
-inline void bwd_row(const NormBwdParams& p, int64_t row, AccOf<T>* dweight, AccOf<T>* dbias) {
+inline void bwd_row(const NormBwdParams& p, int64_t row, bool another, AccOf<T>* dweight, AccOf<T>* dbias) {
   using Acc = AccOf<T>;
   const W* weight = static_cast<const W*>(p.weight);
   const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;
@@ -63,7 +64,10 @@ inline void bwd_row(const NormBwdParams& p, int64_t row, AccOf<T>* dweight, AccO
   const Vec<Acc> weight_offset = splat(static_cast<Acc>(p.weight_offset));
   T* dropped = p.dx_dropped != nullptr ? static_cast<T*>(p.dx_dropped) + row * p.cols : nullptr;
   const Dropout<Acc> dropout(p, row);
+  const NextRow<T> next_x(x, p.x_row_stride, p.cols, another), next_dy(dy, p.dy_row_stride, p.cols, another);
   const auto gradients = [&](int64_t j, auto part, auto drops) {
+    next_x.fetch(j);
+    next_dy.fetch(j);
     const Vec<Acc> v = part.load(x + j), grad = part.load(dy + j);
     const Vec<Acc> xhat = kRms ? v * f.rstd : (v - f.mean) * f.rstd + f.shift;
     if (dx != nullptr) {
@@ -99,7 +103,11 @@ void bwd_block(const NormBwdParams& p, int64_t block, int64_t begin, int64_t end
   for (Acc* sums : {dweight, dbias}) {
     for (int64_t j = 0; sums != nullptr && j < p.cols; ++j) sums[j] = 0;
   }
-  for (int64_t row = begin; row < end; ++row) bwd_row<T, W, kRms, kWeight>(p, row, dweight, dbias);
+  // Asking for the next row takes 0.9 times as long at 2048 x 4096 and 1.07 times at 4096 x 1024 (bf16, Zen 5).
+  const bool ahead = !is_short<T>(p.cols);
+  for (int64_t row = begin; row < end; ++row) {
+    bwd_row<T, W, kRms, kWeight>(p, row, ahead && row + 1 < end, dweight, dbias);
+  }
 }
 
 template <class W, class Acc>

@@ -13,6 +13,12 @@ namespace {
 // Sums run in vectors over a chunk and from there in double: an fp32 sum over 262,144 columns would lose digits.
 constexpr int64_t kChunk = 2048;
 
+// Whether a row takes so little work that the next one is begun before it is done, by the code or by the processor.
+template <class T>
+inline bool is_short(int64_t cols) {
+  return cols * static_cast<int64_t>(sizeof(T)) <= 4096;
+}
+
 // Three sums over the values that `terms(j, part, a, b, c)` adds for each vector of a row. Four sets of
 // accumulators hide the latency of an addition.
 template <class Acc>

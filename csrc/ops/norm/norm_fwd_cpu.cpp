@@ -1,4 +1,5 @@
 // The forward of layer_norm and rms_norm on the CPU, compiled once per instruction set. The maths is in norm.h.
+#include "common/cpu/ahead.h"
 #include "ops/norm/norm_cpu_rows.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
@@ -71,7 +72,8 @@ inline RowScale<AccOf<T>> row_scale(const NormFwdParams& p, int64_t row, const T
 }
 
 template <class T, class W, bool kRms, bool kWeight>
-inline void output_row(const NormFwdParams& p, int64_t row, const T* s, const RowScale<AccOf<T>>& scale) {
+inline void output_row(const NormFwdParams& p, int64_t row, const T* s, const RowScale<AccOf<T>>& scale,
+                       NextRow<T> next) {
   using Acc = AccOf<T>;
   const W* weight = static_cast<const W*>(p.weight);
   const W* bias = static_cast<const W*>(p.bias);
@@ -80,6 +82,7 @@ inline void output_row(const NormFwdParams& p, int64_t row, const T* s, const Ro
   const Vec<Acc> weight_offset = splat(static_cast<Acc>(p.weight_offset));
   const auto output = [&](auto has_bias) {
     for_each_vector<Acc>(0, p.cols, [&](int64_t j, auto part) {
+      next.fetch(j);
       Vec<Acc> v = part.load(s + j);
       v = kRms ? v * rstd : (v - shift) * rstd + offset;
       if constexpr (kWeight) {
@@ -124,8 +127,7 @@ inline const T* normed_row(const NormFwdParams& p, int64_t row) {
 // second-level cache: the prefetcher does better with one long stream each way.
 template <class T, class W, bool kRms, bool kWeight>
 void fwd_rows(const NormFwdParams& p, int64_t begin, int64_t end) {
-  constexpr int64_t kShortBytes = 4096;
-  const int64_t ahead = p.cols * static_cast<int64_t>(sizeof(T)) <= kShortBytes ? 1 : 0;
+  const int64_t ahead = is_short<T>(p.cols) ? 1 : 0;
   const T* s[2];
   RowScale<AccOf<T>> scale[2];
   for (int64_t row = begin; row < end + ahead; ++row) {
@@ -134,7 +136,10 @@ void fwd_rows(const NormFwdParams& p, int64_t begin, int64_t end) {
       scale[row & 1] = row_scale<T, kRms>(p, row, s[row & 1]);
     }
     const int64_t ready = row - ahead;
-    if (ready >= begin) output_row<T, W, kRms, kWeight>(p, ready, s[ready & 1], scale[ready & 1]);
+    if (ready < begin) continue;
+    // The sum with a residual is in the cache as it is.
+    const NextRow<T> next(s[ready & 1], p.x_row_stride, p.cols, row + 1 < end && ahead == 0 && p.residual == nullptr);
+    output_row<T, W, kRms, kWeight>(p, ready, s[ready & 1], scale[ready & 1], next);
   }
 }
 

@@ -1,6 +1,11 @@
 // quantized_linear for CUDA tensors: allocate, plan, launch on torch's current stream.
 #include <torch/library.h>
 
+#include <limits>
+#include <tuple>
+
+#include "ops/norm/norm_cuda.h"
+#include "ops/norm/norm_torch.h"
 #include "ops/quantized_linear/quantized_linear_cuda.h"
 #include "ops/quantized_linear/quantized_linear_torch.h"
 #include "torch/cuda.h"
@@ -34,6 +39,25 @@ void check_fwd(const char* op, const QuantizedLinearFwdParams& p) {
                     ": sums have 32 bits");
 }
 
+void run_fwd(const CudaCall& call, const char* op, const QuantizedLinearFwdParams& p, const at::TensorOptions& options,
+             const cuda::QuantizedNorm& norm = {}) {
+  check_fwd(op, p);
+  const cuda::QuantizedLinearPlan plan = cuda::plan_quantized_linear_fwd(p, call.gpu);
+  at::Tensor partial, rounded, x_scales;
+  cuda::QuantizedWorkspace work;
+  if (plan.parts.splits > 1) {
+    partial = empty({plan.parts.bytes(p.M, p.weight.N)}, options.dtype(at::kByte));
+    work.partial = partial.data_ptr();
+  }
+  if (plan.way == cuda::QuantizedWay::kInt8) {
+    rounded = empty({p.M, cuda::rounded_pitch(p.weight.K)}, options.dtype(at::kChar));
+    x_scales = empty({p.M}, options.dtype(at::kFloat));
+    work.rounded = static_cast<int8_t*>(rounded.data_ptr());
+    work.x_scales = x_scales.data_ptr<float>();
+  }
+  check_cuda(op, cuda::quantized_linear_fwd(p, plan, work, norm, call.stream));
+}
+
 at::Tensor quantized_linear_fwd(const at::Tensor& x, const at::Tensor& data, const at::Tensor& scales, Optional zeros,
                                 Optional second_scales, Optional bias, std::string_view format, int64_t group_size,
                                 std::string_view activations) {
@@ -41,24 +65,42 @@ at::Tensor quantized_linear_fwd(const at::Tensor& x, const at::Tensor& data, con
   const CudaCall call(op, x.device());
   return quantized_linear_fwd_call(
       op, x, data, scales, get(zeros), get(second_scales), get(bias), format, group_size, activations,
-      [&](const QuantizedLinearFwdParams& p) {
-        check_fwd(op, p);
-        const cuda::QuantizedLinearPlan plan = cuda::plan_quantized_linear_fwd(p, call.gpu);
-        const at::TensorOptions bytes = x.options().dtype(at::kByte);
-        at::Tensor partial, rounded, x_scales;
-        cuda::QuantizedWorkspace work;
-        if (plan.parts.splits > 1) {
-          partial = empty({plan.parts.bytes(p.M, p.weight.N)}, bytes);
-          work.partial = partial.data_ptr();
-        }
-        if (plan.way == cuda::QuantizedWay::kInt8) {
-          rounded = empty({p.M, cuda::rounded_pitch(p.weight.K)}, x.options().dtype(at::kChar));
-          x_scales = empty({p.M}, x.options().dtype(at::kFloat));
-          work.rounded = static_cast<int8_t*>(rounded.data_ptr());
-          work.x_scales = x_scales.data_ptr<float>();
-        }
-        check_cuda(op, cuda::quantized_linear_fwd(p, plan, work, call.stream));
-      });
+      [&](const QuantizedLinearFwdParams& p) { run_fwd(call, op, p, x.options()); });
+}
+
+// The norm is part of the kernel that rounds activations to int8, and otherwise a kernel of its own.
+std::tuple<at::Tensor, at::Tensor> rms_norm_quantized_linear_fwd(
+    const at::Tensor& x, Optional norm_weight, double eps, const at::Tensor& data, const at::Tensor& scales,
+    Optional zeros, Optional second_scales, Optional bias, std::string_view format, int64_t group_size,
+    std::string_view activations) {
+  constexpr const char* op = "rms_norm_quantized_linear_fwd";
+  const CudaCall call(op, x.device());
+  const auto linear = [&](const at::Tensor& rows, auto&& run) {
+    return quantized_linear_fwd_call(op, rows, data, scales, get(zeros), get(second_scales), get(bias), format,
+                                     group_size, activations, run);
+  };
+  TORCH_CHECK_VALUE(x.dim() == 2, op, ": x has shape ", x.sizes(), ", expected 2-D");
+  if (activations != "int8" || data.size(0) == 0) {
+    const auto normed = norm_fwd_call(op, NormKind::kRmsNorm, x, nullptr, get(norm_weight), nullptr, {x.size(1)}, eps,
+                                      0.0, std::numeric_limits<int64_t>::max(), [&](const NormFwdParams& p) {
+                                        check_cuda(op, cuda::norm_fwd(p, cuda::plan_norm_fwd(p, call.gpu), call.stream));
+                                      });
+    const auto run = [&](const QuantizedLinearFwdParams& p) { run_fwd(call, op, p, x.options()); };
+    return {linear(std::get<0>(normed), run), std::get<3>(normed)};
+  }
+  const int64_t columns[] = {x.size(1)};
+  const at::Tensor weight = norm_parameter(op, "norm_weight", get(norm_weight), x, NormShape(op, x, columns));
+  const at::Tensor rstd = empty({x.size(0)}, x.options().dtype(at::kFloat));
+  const at::Tensor y = linear(x, [&](const QuantizedLinearFwdParams& p) {
+    cuda::QuantizedNorm norm;
+    norm.rstd = rstd.data_ptr<float>();
+    norm.weight = pointer(weight);
+    norm.eps = static_cast<float>(eps);
+    norm.is_float = weight.defined() && weight.scalar_type() == at::kFloat;
+    norm.is_wide = cuda::aligned(norm.weight, 16);
+    run_fwd(call, op, p, x.options(), norm);
+  });
+  return {y, rstd};
 }
 
 at::Tensor quantized_linear_bwd(const at::Tensor& dy, const at::Tensor& data, const at::Tensor& scales, Optional zeros,
@@ -78,6 +120,7 @@ at::Tensor quantized_linear_bwd(const at::Tensor& dy, const at::Tensor& data, co
 
 TORCH_LIBRARY_IMPL(llmkernels_cuda, LLMKERNELS_CUDA_KEY, m) {
   m.impl("quantized_linear_fwd", quantized_linear_fwd);
+  m.impl("rms_norm_quantized_linear_fwd", rms_norm_quantized_linear_fwd);
   m.impl("quantized_linear_bwd", quantized_linear_bwd);
 }
 

@@ -12,10 +12,20 @@ struct QuantizedWorkspace {
   float* x_scales = nullptr;   // [M]
 };
 
+// The RMS norm of rows of x before they are rounded to int8: x / sqrt(mean(x^2) + eps) * weight, in T.
+struct QuantizedNorm {
+  float* rstd = nullptr;         // [M], written; null: no norm
+  const void* weight = nullptr;  // [K]  T or float; null: ones
+  float eps = 0.0f;
+  bool is_float = false;  // weight
+  bool is_wide = false;   // weight is aligned to vectors
+};
+
 // What the kernels of a forward are told.
 struct QuantizedLinearArgs {
   QuantizedLinearFwdParams p;
   QuantizedWorkspace work;
+  QuantizedNorm norm;
   int weight_unit, x_unit, group_shift;
 };
 
@@ -24,8 +34,9 @@ struct QuantizedLinearBwdArgs {
   int weight_unit, dy_unit, group_shift, column_blocks;
 };
 
+// A norm only where activations are rounded to int8.
 const char* quantized_linear_fwd(const QuantizedLinearFwdParams& params, const QuantizedLinearPlan& plan,
-                                 const QuantizedWorkspace& work, void* stream);
+                                 const QuantizedWorkspace& work, const QuantizedNorm& norm, void* stream);
 const char* quantized_linear_bwd(const QuantizedLinearBwdParams& params, const QuantizedLinearBwdPlan& plan,
                                  void* stream);
 

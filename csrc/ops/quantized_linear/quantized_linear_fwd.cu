@@ -42,8 +42,8 @@ auto choose_splits(DType dtype) {
 }  // namespace
 
 const char* quantized_linear_fwd(const QuantizedLinearFwdParams& params, const QuantizedLinearPlan& plan,
-                                 const QuantizedWorkspace& work, void* stream) {
-  const QuantizedLinearArgs args{params, work, plan.weight_unit, plan.x_unit, group_shift(params.weight)};
+                                 const QuantizedWorkspace& work, const QuantizedNorm& norm, void* stream) {
+  const QuantizedLinearArgs args{params, work, norm, plan.weight_unit, plan.x_unit, group_shift(params.weight)};
   const bool rounded = plan.way == QuantizedWay::kInt8;
   const bool integers = rounded && params.weight.format == WeightFormat::kInt8;
   const char* error = rounded ? quantized_round_rows(args, stream) : nullptr;

@@ -36,18 +36,36 @@ __device__ void store_apart(int8_t* row, int first, const Vec<int8_t, kVec>& vec
   }
 }
 
-// One block to a row. Threads own vectors of columns, in both passes the same ones; the row comes from L1 the second
-// time, or from L2 if it is long.
-template <class T>
+// Neighbours of the norm's weight, one beyond K.
+template <class T, int kVec>
+__device__ void norm_weight(const QuantizedNorm& norm, bool wide, int first, int K, float (&weight)[kVec]) {
+  if (wide && first + kVec <= K) {
+    load_widened<T, kVec>(norm.weight, norm.is_float, first / kVec, weight);
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kVec; ++e) {
+    const int k = first + e;
+    weight[e] = k >= K           ? 1.0f
+                : norm.is_float ? static_cast<const float*>(norm.weight)[k]
+                                : widen(static_cast<const T*>(norm.weight)[k]);
+  }
+}
+
+// One block to a row. Threads own vectors of columns, in every pass the same ones; the row comes from L1 after the first
+// time, or from L2 if it is long. With kNorm the row is divided by the root of its mean square, multiplied by a weight
+// and rounded to T first, as by the kernel of rms_norm.
+template <class T, bool kNorm>
 __global__ void __launch_bounds__(kRoundThreads)
     quantized_round_kernel(const __grid_constant__ QuantizedLinearArgs args) {
   constexpr int kVec = kVectorBytes / static_cast<int>(sizeof(T));
   const int row = static_cast<int>(blockIdx.x), K = static_cast<int>(args.p.weight.K);
   const int pitch = (K + kRoundedBlock - 1) / kRoundedBlock * kRoundedBlock;  // rounded_pitch
+  const int begin = static_cast<int>(threadIdx.x) * kVec, step = kRoundThreads * kVec;
   const bool apart = args.p.weight.format == WeightFormat::kInt4;
   const T* const x = static_cast<const T*>(args.p.x) + row * args.p.x_row_stride;
   const bool wide = args.x_unit == kVectorBytes;
-  const auto columns = [&](int first) {
+  const auto given = [&](int first) {
     Vec<T, kVec> vector;
     if (wide && first + kVec <= K) {
       vector = load<T, kVec>(x, first / kVec);
@@ -57,9 +75,35 @@ __global__ void __launch_bounds__(kRoundThreads)
     }
     return vector;
   };
+  float rstd = 0.0f;
+  if constexpr (kNorm) {
+    float squares[1] = {0.0f};
+    for (int first = begin; first < K; first += step) {
+      const auto vector = given(first);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) squares[0] += widen(vector.at[e]) * widen(vector.at[e]);
+    }
+    RowGroup<true, float>().sum(squares);
+    rstd = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(squares[0], static_cast<float>(K)) + args.norm.eps));
+    if (threadIdx.x == 0) args.norm.rstd[row] = rstd;
+  }
+  const auto columns = [&](int first) {
+    auto vector = given(first);
+    if constexpr (kNorm) {
+      float weight[kVec];
+      const bool has_weight = args.norm.weight != nullptr;
+      if (has_weight) norm_weight<T, kVec>(args.norm, args.norm.is_wide, first, K, weight);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) {
+        const float xhat = widen(vector.at[e]) * rstd;
+        vector.at[e] = narrow<T>(has_weight ? xhat * weight[e] : xhat);
+      }
+    }
+    return vector;
+  };
   // The bits of magnitudes are in the order of the magnitudes, those of infinity and then NaN last.
   uint32_t most = 0;
-  for (int first = static_cast<int>(threadIdx.x) * kVec; first < K; first += kRoundThreads * kVec) {
+  for (int first = begin; first < K; first += step) {
     const auto vector = columns(first);
 #pragma unroll
     for (int e = 0; e < kVec; ++e) most = max(most, __float_as_uint(widen(vector.at[e])) & 0x7fffffffu);
@@ -69,7 +113,7 @@ __global__ void __launch_bounds__(kRoundThreads)
   float scale = __fdiv_rn(__uint_as_float(most), 127.0f);
   if (scale == 0.0f) scale = 1.0f;
   if (threadIdx.x == 0) args.work.x_scales[row] = finite ? scale : NAN;
-  for (int first = static_cast<int>(threadIdx.x) * kVec; first < pitch; first += kRoundThreads * kVec) {
+  for (int first = begin; first < pitch; first += step) {
     const auto vector = columns(first);
     Vec<int8_t, kVec> rounded;
 #pragma unroll
@@ -95,34 +139,24 @@ __global__ void __launch_bounds__(kInt8Threads, 1)
   using Tile = Int8Tile<kTokens>;
   constexpr int kStage = Tile::kXBytes + kInt8Rows * kInt8Columns;
   extern __shared__ __align__(1024) unsigned char shared[];
-  const QuantizedLinearFwdParams& p = args.p;
-  const QuantizedWeight& w = p.weight;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int M = static_cast<int>(p.M), N = static_cast<int>(w.N), K = static_cast<int>(w.K);
-  const int pitch = (K + kRoundedBlock - 1) / kRoundedBlock * kRoundedBlock;
-  // Blocks side by side share rows of the weight: these are read from memory once, however many rows x has.
-  const int token_blocks = (M + kTokens - 1) / kTokens;
-  const int first_token = static_cast<int>(blockIdx.x) % token_blocks * kTokens;
-  const int first_row = static_cast<int>(blockIdx.x) / token_blocks * kInt8Rows;
-  const int token_of_warp = warp / Tile::kAcross * 16 * Tile::kRowTiles;
-  const int row_of_warp = warp % Tile::kAcross * 8 * Tile::kTiles;
-
-  const int stages = (K + kInt8Columns - 1) / kInt8Columns, splits = static_cast<int>(gridDim.y);
-  const int first_stage = static_cast<int>(int64_t{stages} * blockIdx.y / splits);
-  const int steps = static_cast<int>(int64_t{stages} * (blockIdx.y + 1) / splits) - first_stage;
+  const QuantizedWeight& w = args.p.weight;
+  const Int8Place<kTokens> place(args.p);
+  const int lane = place.lane, token_of_warp = place.token_of_warp, row_of_warp = place.row_of_warp;
   const auto fetch_step = [&](int step) {
-    if (step < steps) {
+    if (step < place.steps) {
       unsigned char* const stage = shared + step % kInt8Stages * kStage;
-      const int column = (first_stage + step) * kInt8Columns;
-      fetch_rows<kTokens>(stage, args.work.rounded, first_token, M, column, pitch, pitch, kVectorBytes);
-      fetch_rows<kInt8Rows>(stage + Tile::kXBytes, w.data, first_row, N, column, K, K, args.weight_unit);
+      const int column = (place.first_stage + step) * kInt8Columns;
+      fetch_rows<kTokens>(stage, args.work.rounded, place.first_token, place.M, column, place.pitch, place.pitch,
+                          kVectorBytes);
+      fetch_rows<kInt8Rows>(stage + Tile::kXBytes, w.data, place.first_row, place.N, column, place.K, place.K,
+                            args.weight_unit);
     }
     ptx::cp_async_commit();
   };
 
   int32_t sums[Tile::kRowTiles][Tile::kTiles][4] = {};
   for (int step = 0; step < kInt8Stages - 1; ++step) fetch_step(step);
-  for (int step = 0; step < steps; ++step) {
+  for (int step = 0; step < place.steps; ++step) {
     ptx::cp_async_wait<kInt8Stages - 2>();
     __syncthreads();  // this stage is there for everybody, and nobody reads the one before any more
     fetch_step(step + kInt8Stages - 1);
@@ -149,29 +183,14 @@ __global__ void __launch_bounds__(kInt8Threads, 1)
     }
   }
   ptx::cp_async_wait<0>();
+  place.template store_sums<T>(args, sums);
+}
 
-#pragma unroll
-  for (int n = 0; n < Tile::kTiles; ++n) {
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const int row = first_row + row_of_warp + n * 8 + lane % 4 * 2 + side;
-      if (row >= N) continue;
-      const float scale = static_cast<const float*>(w.scales)[row];
-      const float bias = p.bias == nullptr ? 0.0f : widen(static_cast<const T*>(p.bias)[row]);
-#pragma unroll
-      for (int m = 0; m < 2 * Tile::kRowTiles; ++m) {
-        const int token = first_token + token_of_warp + m * 8 + lane / 4;
-        if (token >= M) continue;
-        const int32_t sum = sums[m / 2][n][m % 2 * 2 + side];
-        if (splits > 1) {
-          static_cast<int32_t*>(args.work.partial)[(int64_t{blockIdx.y} * M + token) * N + row] = sum;
-        } else {
-          const float y = static_cast<float>(sum) * (args.work.x_scales[token] * scale);
-          static_cast<T*>(p.y)[int64_t{token} * N + row] = narrow<T>(y + bias);
-        }
-      }
-    }
-  }
+template <bool kNorm>
+auto choose_round(DType dtype) {
+  return dtype == DType::kFloat32   ? &quantized_round_kernel<float, kNorm>
+         : dtype == DType::kFloat16 ? &quantized_round_kernel<__half, kNorm>
+                                    : &quantized_round_kernel<__nv_bfloat16, kNorm>;
 }
 
 template <class T>
@@ -184,9 +203,7 @@ auto choose(int tokens) {
 }  // namespace
 
 const char* quantized_round_rows(const QuantizedLinearArgs& args, void* stream) {
-  const auto kernel = args.p.dtype == DType::kFloat32   ? &quantized_round_kernel<float>
-                      : args.p.dtype == DType::kFloat16 ? &quantized_round_kernel<__half>
-                                                        : &quantized_round_kernel<__nv_bfloat16>;
+  const auto kernel = args.norm.rstd != nullptr ? choose_round<true>(args.p.dtype) : choose_round<false>(args.p.dtype);
   return launch(kernel, args, plan_round_rows(args.p.M), stream);
 }
 

@@ -27,29 +27,19 @@ __global__ void __launch_bounds__(kInt8Threads, 1)
   constexpr int kStage = Tile::kXBytes + kInt8Rows * kInt4RowBytes;
   static_assert(kInt8Rows * kInt4RowBytes / kVectorBytes == kInt8Threads);
   extern __shared__ __align__(1024) unsigned char shared[];
-  const QuantizedLinearFwdParams& p = args.p;
-  const QuantizedWeight& w = p.weight;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int M = static_cast<int>(p.M), N = static_cast<int>(w.N), K = static_cast<int>(w.K);
-  const int pitch = (K + kRoundedBlock - 1) / kRoundedBlock * kRoundedBlock, row_bytes = (K + 1) / 2;
-  // Blocks side by side share rows of the weight: these are read from memory once, however many rows x has.
-  const int token_blocks = (M + kTokens - 1) / kTokens;
-  const int first_token = static_cast<int>(blockIdx.x) % token_blocks * kTokens;
-  const int first_row = static_cast<int>(blockIdx.x) / token_blocks * kInt8Rows;
-  const int token_of_warp = warp / Tile::kAcross * 16 * Tile::kRowTiles;
-  const int row_of_warp = warp % Tile::kAcross * 8 * Tile::kTiles;
-
-  const int stages = (K + kInt8Columns - 1) / kInt8Columns, splits = static_cast<int>(gridDim.y);
-  const int first_stage = static_cast<int>(int64_t{stages} * blockIdx.y / splits);
-  const int steps = static_cast<int>(int64_t{stages} * (blockIdx.y + 1) / splits) - first_stage;
+  const QuantizedWeight& w = args.p.weight;
+  const Int8Place<kTokens> place(args.p);
+  const int lane = place.lane, token_of_warp = place.token_of_warp, row_of_warp = place.row_of_warp;
+  const int first_row = place.first_row, row_bytes = (place.K + 1) / 2;
   const auto fetch_step = [&](int step) {
-    if (step < steps) {
+    if (step < place.steps) {
       unsigned char* const stage = shared + step % kInt8Stages * kStage;
-      const int column = (first_stage + step) * kInt8Columns;
-      fetch_rows<kTokens>(stage, args.work.rounded, first_token, M, column, pitch, pitch, kVectorBytes);
+      const int column = (place.first_stage + step) * kInt8Columns;
+      fetch_rows<kTokens>(stage, args.work.rounded, place.first_token, place.M, column, place.pitch, place.pitch,
+                          kVectorBytes);
       const int row = static_cast<int>(threadIdx.x) / 2, chunk = static_cast<int>(threadIdx.x) % 2;
       const int at = column / 2 + chunk * kVectorBytes;
-      const int inside = first_row + row < N ? min(max(row_bytes - at, 0), kVectorBytes) : 0;
+      const int inside = first_row + row < place.N ? min(max(row_bytes - at, 0), kVectorBytes) : 0;
       const auto* const base = static_cast<const unsigned char*>(w.data);
       fetch_packed(stage + Tile::kXBytes + int4_chunk(row, chunk),
                    inside > 0 ? base + (int64_t{first_row} + row) * row_bytes + at : base, inside, args.weight_unit);
@@ -60,8 +50,8 @@ __global__ void __launch_bounds__(kInt8Threads, 1)
   float sums[Tile::kRowTiles][Tile::kTiles][4] = {};
   const bool small_groups = args.group_shift == 5;  // of one block; larger ones fill the stage
   for (int step = 0; step < kInt8Stages - 1; ++step) fetch_step(step);
-  for (int step = 0; step < steps; ++step) {
-    const int column = (first_stage + step) * kInt8Columns;
+  for (int step = 0; step < place.steps; ++step) {
+    const int column = (place.first_stage + step) * kInt8Columns;
     // Zero points of the row whose weights this lane has, scales of the two rows whose sums it has.
     uint32_t zeros[kInt4Blocks][Tile::kTiles];
     float scales[kInt4Blocks][Tile::kTiles][2];
@@ -70,7 +60,7 @@ __global__ void __launch_bounds__(kInt8Threads, 1)
 #pragma unroll
       for (int n = 0; n < Tile::kTiles; ++n) {
         const auto group_of = [&](int row) {
-          return group_index<kFormat>(w, args.group_shift, min(first_row + row_of_warp + n * 8 + row, N - 1),
+          return group_index<kFormat>(w, args.group_shift, min(first_row + row_of_warp + n * 8 + row, place.N - 1),
                                       column + 32 * block);
         };
         const int zero = w.zeros == nullptr ? kInt4Middle : w.zeros[group_of(lane / 4)];
@@ -119,27 +109,7 @@ __global__ void __launch_bounds__(kInt8Threads, 1)
     }
   }
   ptx::cp_async_wait<0>();
-
-#pragma unroll
-  for (int n = 0; n < Tile::kTiles; ++n) {
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const int row = first_row + row_of_warp + n * 8 + lane % 4 * 2 + side;
-      if (row >= N) continue;
-      const float bias = p.bias == nullptr ? 0.0f : widen(static_cast<const T*>(p.bias)[row]);
-#pragma unroll
-      for (int m = 0; m < 2 * Tile::kRowTiles; ++m) {
-        const int token = first_token + token_of_warp + m * 8 + lane / 4;
-        if (token >= M) continue;
-        const float sum = sums[m / 2][n][m % 2 * 2 + side];
-        if (splits > 1) {
-          static_cast<float*>(args.work.partial)[(int64_t{blockIdx.y} * M + token) * N + row] = sum;
-        } else {
-          static_cast<T*>(p.y)[int64_t{token} * N + row] = narrow<T>(sum * args.work.x_scales[token] + bias);
-        }
-      }
-    }
-  }
+  place.template store_sums<T>(args, sums);
 }
 
 template <class T>

@@ -1,6 +1,7 @@
 // softmax and log_softmax on the CPU, compiled once per instruction set. The maths is in softmax.h.
 #include "ops/softmax/softmax_cpu.h"
 
+#include "common/cpu/ahead.h"
 #include "common/cpu/math.h"
 
 namespace llmkernels::cpu::CPU_CAPABILITY {
@@ -20,13 +21,6 @@ constexpr Acc kInfinity = static_cast<Acc>(__builtin_inf());
 template <class Acc>
 inline Vec<Acc> larger(Vec<Acc> a, Vec<Acc> b) {
   return (a > b) | (a != a) ? a : b;
-}
-
-template <class Acc>
-inline Acc largest(Vec<Acc> value) {
-  Acc most = value[0];
-  for (int i = 1; i < kLanes<Acc>; ++i) most = value[i] > most || value[i] != value[i] ? value[i] : most;
-  return most;
 }
 
 typedef uint8_t FloatBytes __attribute__((vector_size(kVectorBytes / 4)));  // as many lanes as FloatVector
@@ -98,7 +92,7 @@ inline Acc largest_of(const S& scores, int64_t begin, int64_t end) {
     d = larger<Acc>(d, scores(j + 3 * kLanes<Acc>, Whole{}));
   }
   for (; j + kLanes<Acc> <= end; j += kLanes<Acc>) a = larger<Acc>(a, scores(j, Whole{}));
-  Acc most = largest<Acc>(larger<Acc>(larger<Acc>(a, b), larger<Acc>(c, d)));
+  Acc most = fold<Acc>(larger<Acc>(larger<Acc>(a, b), larger<Acc>(c, d)), larger<Acc>);
   if (j < end) {
     const Vec<Acc> rest = scores(j, Tail{static_cast<int>(end - j)});
     for (int i = 0; i < end - j; ++i) most = rest[i] > most || rest[i] != rest[i] ? rest[i] : most;
@@ -224,7 +218,10 @@ void bwd_rows(const SoftmaxBwdParams& p, int64_t begin, int64_t end) {
     T* dx = p.dx != nullptr ? static_cast<T*>(p.dx) + row * cols : nullptr;
     Acc* ds = p.ds != nullptr ? static_cast<Acc*>(p.ds) + row * cols : nullptr;
     const Acc total = static_cast<Acc>(gradient_sum<T, kLog>(dy, y, cols));
+    const NextRow<T> next_dy(dy, p.dy_row_stride, cols, row + 1 < end), next_y(y, p.y_row_stride, cols, row + 1 < end);
     for_each_vector<Acc>(0, cols, [&](int64_t j, auto part) {
+      next_dy.fetch(j);
+      next_y.fetch(j);
       const Vec<Acc> d = part.load(dy + j), v = part.load(y + j);
       Vec<Acc> g;
       if constexpr (kLog) {

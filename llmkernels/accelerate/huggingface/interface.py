@@ -1,4 +1,4 @@
-"""Fused attention as an implementation of transformers' AttentionInterface, with masks as its sdpa has them."""
+"""Fused attention as an implementation of transformers' AttentionInterface, from keys or from a cache of ours."""
 
 import functools
 import math
@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from llmkernels import functional
+from llmkernels.accelerate.huggingface import masks
+from llmkernels.accelerate.huggingface.deferred import CachedStates, KnownMask, made
 
 NAME = "llmkernels"
 
@@ -25,11 +27,10 @@ def register(backend: str | None) -> str:
     Returns the name: another one for each backend that is forced.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     name = NAME if backend is None else f"{NAME}_{backend}"
     AttentionInterface.register(name, functools.partial(attention, backend=backend))
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, masks.attention_mask)
     return name
 
 
@@ -43,7 +44,8 @@ def attention(
 
     Args:
         module: the attention module, whose `is_causal` counts where the argument is None.
-        query: `[B, H, S, D]`; key, value: `[B, Hk, T, D]`, H a multiple of Hk.
+        query: `[B, H, S, D]`; key, value: `[B, Hk, T, D]`, H a multiple of Hk; or those of a cache of ours, which is
+            then attended to as it is, if the mask says nothing that it does not know.
         attention_mask: broadcasts to `[B, H, S, T]`: boolean (True takes part), or added to the scores; or None.
             Without one a causal module sees the first keys up to its own, if there is more than one query.
         position_bias: added to the scores.
@@ -52,6 +54,12 @@ def attention(
     Returns: (`[B, S, H, D]`, weights `[B, H, S, T]` or None).
     Raises: NotImplementedError, a paged cache of transformers' continuous batching is given.
     """
+    if type(key) is CachedStates or type(attention_mask) is KnownMask:
+        plain = dropout == 0.0 and position_bias is None and not output_attentions
+        if plain and type(attention_mask) is KnownMask and type(key) is CachedStates and key.layer.takes(query):
+            options = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux, "backend": backend}
+            return key.layer.attend(query, attention_mask.window, **options), None
+        key, value, attention_mask = made((key, value, attention_mask))
     if cache is not None:
         raise NotImplementedError(
             "llmkernels: attention got a paged cache (continuous batching), expected none; restore the model for that"

@@ -39,10 +39,12 @@ class TokenLoss:
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         target = (labels if shift_labels is None else shift_labels).reshape(-1).to(logits.device)
         rows = logits.reshape(-1, vocab_size)
-        cross_entropy.check_indices(OP, target, vocab_size, ignore_index)
+        may_ignore = cross_entropy.check_indices(OP, target, vocab_size, ignore_index)
         reduction = "mean" if num_items_in_batch is None else "sum"
         settings = Settings(ignore_index, 0.0, 0.0, 0.0)
-        loss = cross_entropy.of_rows(rows, target.long(), None, reduction, settings, torch.float32, self.backend)
+        loss = cross_entropy.of_rows(
+            rows, target.long(), None, reduction, settings, torch.float32, self.backend, may_ignore
+        )
         if num_items_in_batch is None:
             return loss
         if isinstance(num_items_in_batch, Tensor):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from llmkernels import functional
 from llmkernels.accelerate.candidate import Candidate, Found, original_forward
+from llmkernels.ops.norm.op import run_rms_norm
 
 EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "rms_norm_eps")
 
@@ -61,6 +62,9 @@ class _StructuralRMSNorm:
         weight, eps = module.weight, getattr(module, self.eps_name)
         if weight.dtype.itemsize == 2 and input.dtype != weight.dtype:  # T5's converts such an input, Llama's does not
             return original_forward(module)(module, input)
+        if input.is_cpu and input.dtype == weight.dtype and weight.is_cpu and input.shape[-1:] == weight.shape:
+            # What functional.rms_norm would find out once more: a decoded token has dozens of norms.
+            return run_rms_norm("rms_norm", (input, None, weight), weight.shape, eps, self.weight_offset, backend)
         return functional.rms_norm(
             input, tuple(weight.shape), weight, eps, weight_offset=self.weight_offset, backend=backend
         )

@@ -79,7 +79,9 @@ def rotary(original: Callable, form: str, backend: str | None) -> Callable:
             return original(q, k, cos, sin, *rest, **options)
         if q.dtype != cos.dtype or k.dtype != cos.dtype:  # under autocast; products are of the common type
             q, k = q.to(torch.promote_types(q.dtype, cos.dtype)), k.to(torch.promote_types(k.dtype, cos.dtype))
-        cos, sin, interleaved = cos[..., columns], sin[..., columns], form in ("interleaved", "pairs")
+        # One row for the whole batch is taken out along with the columns: a decoded token feels every view.
+        read = (0, slice(None), columns) if cos.shape[0] == 1 else (..., columns)
+        cos, sin, interleaved = cos[read], sin[read], form in ("interleaved", "pairs")
         return functional.rope(q, k, cos, sin, interleaved=interleaved, seq_dim=-1 - heads, backend=backend)
 
     return apply

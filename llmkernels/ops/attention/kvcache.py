@@ -9,6 +9,7 @@ from llmkernels import _op, registry
 from llmkernels._autograd import needs_grad, transform_active
 from llmkernels.ops.attention import arguments
 from llmkernels.ops.attention import rotary as rotary_embedding
+from llmkernels.ops.attention.reference import Options
 
 OP = "attention_kvcache"
 
@@ -200,6 +201,23 @@ def attention_kvcache(
     )  # fmt: skip
     out = out.transpose(1, 2)
     return (out, row_max + log_sum) if return_lse else out
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, seqlens: Tensor | None,
+           block_table: Tensor | None, options: Options, backend: str | None) -> Tensor:  # fmt: skip
+    """attention_kvcache for a cache that knows its dtypes, shapes and lengths, of which nothing is checked again.
+
+    Args:
+        query: `[B, H, S, D]`; key, value: `[B, Hk, T, D]`, with a `block_table` `[pages, Hk, page_size, D]`.
+        seqlens: int32 `[B]`, the keys of each sequence; None: all T.
+    Returns: `[B, H, S, D]`.
+    """
+    _check_forward_only(query=query, sinks=sinks)
+    chosen = registry.pick(OP, (query, key, value, None, None, sinks), backend)
+    return chosen.fwd(
+        query, key, value, None, sinks, seqlens, block_table,
+        options.scale, options.window_left, options.window_right, options.top_left, options.softcap,
+    )[0]  # fmt: skip
 
 
 def _check_forward_only(**tensors: Tensor | None) -> None:

@@ -19,7 +19,7 @@ OP = "linear_cross_entropy"
 
 CHUNK_ELEMENTS = 1 << 24  # logits of a chunk
 CHUNK_ROWS = 64  # at least: fewer rows leave the products waiting for the weight
-CLASSES = 8192  # whose gradients are summed, or rounded, at a time
+CLASSES = 2048  # whose gradients are summed, or rounded, at a time: what is between lies in a cache
 
 
 def chunk_rows(classes: int) -> int:
@@ -30,6 +30,23 @@ def _chunks(rows: int, classes: int):
     """Slices of the rows. They depend on the shapes alone, so that what is wanted does not change a bit."""
     step = chunk_rows(classes)
     return [slice(begin, min(begin + step, rows)) for begin in range(0, rows, step)]
+
+
+class _Logits:
+    """The logits of one chunk after the other, all in the same memory: fresh pages would cost more than a softmax."""
+
+    def __init__(self, input, linear_weight, linear_bias):
+        self.input, self.columns, self.bias = input, linear_weight.t(), linear_bias
+        rows, classes = min(input.shape[0], chunk_rows(linear_weight.shape[0])), linear_weight.shape[0]
+        self.space = input.new_empty(rows, classes)
+
+    def of(self, part: slice) -> Tensor:
+        """Those of `input[part]`, until the next call."""
+        rows = self.input[part]
+        out = self.space[: rows.shape[0]]
+        if self.bias is None:
+            return torch.mm(rows, self.columns, out=out)
+        return torch.addmm(self.bias, rows, self.columns, out=out)
 
 
 # --- autograd -------------------------------------------------------------------------------------------------------
@@ -63,7 +80,7 @@ class _Gradients:
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
-    """apply(input, linear_weight, linear_bias, target, weight, reduction, settings, dtype, chosen) -> loss.
+    """apply(input, linear_weight, linear_bias, target, weight, divisor, reduction, settings, dtype, chosen) -> loss.
 
     `input` is `[rows, H]`, `linear_weight` `[C, H]`, `linear_bias` `[C]`; the others are those of
     `CrossEntropyFunction`. With a mean or a sum the gradients are computed in the forward and scaled by what arrives:
@@ -71,7 +88,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, linear_weight, linear_bias, target, weight, reduction, settings, dtype, chosen):
+    def forward(ctx, input, linear_weight, linear_bias, target, weight, divisor, reduction, settings, dtype, chosen):
         fwd = registry.entry(OP, chosen).fwd
         wanted = ctx.needs_input_grad[:3]
         now = reduction != "none" and any(wanted) and not ctx.needs_input_grad[3]
@@ -80,16 +97,13 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         with without_autocast(input.device):
             gradients = _Gradients(input, linear_weight, linear_bias, wanted if now else (False,) * 3)
             one = torch.ones((), dtype=acc, device=input.device)
+            logits = _Logits(input, linear_weight, linear_bias)
             for part in _chunks(rows, linear_weight.shape[0]):
-                logits = torch_functional.linear(input[part], linear_weight, linear_bias)
-                dloss = one.expand(logits.shape[0]) if now else None
-                loss[part], stats[:, part], dlogits = fwd(logits, target[part], weight, dloss, *settings)
-                del logits
+                some = logits.of(part)
+                dloss = one.expand(some.shape[0]) if now else None
+                loss[part], stats[:, part], dlogits = fwd(some, target[part], weight, dloss, *settings)
                 if now:
                     gradients.add(part, dlogits, input[part])
-        divisor = None
-        if reduction == "mean":
-            divisor = reference.denominator(target, weight, rows, settings.ignore_index)
         is_tensor = isinstance(divisor, Tensor)
         ctx.save_for_backward(
             input, linear_weight, linear_bias, target, weight, stats, divisor if is_tensor else None, *gradients.all()
@@ -127,7 +141,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                     None if t is None else t.to(x.dtype)
                     for t, x in zip(gradients, (input, linear_weight, linear_bias), strict=True)
                 ]
-        return *gradients, dtarget, None, None, None, None, None
+        return *gradients, dtarget, None, None, None, None, None, None
 
 
 def _scaled(gradient: Tensor | None, scale: Tensor, like: Tensor) -> Tensor | None:
@@ -145,9 +159,9 @@ def _recomputed(dloss, input, linear_weight, linear_bias, target, weight, stats,
     bwd = registry.entry(OP, chosen).bwd
     dtarget = torch.empty_like(target) if needs[3] else None
     gradients = _Gradients(input, linear_weight, linear_bias, needs[:3])
+    logits = _Logits(input, linear_weight, linear_bias)
     for part in _chunks(input.shape[0], linear_weight.shape[0]):
-        logits = torch_functional.linear(input[part], linear_weight, linear_bias)
-        known = (logits, target[part], weight, stats[:, part].contiguous())
+        known = (logits.of(part), target[part], weight, stats[:, part].contiguous())
         if any(needs[:3]):
             gradients.add(part, bwd(dloss[part], *known, *settings), input[part])
         if dtarget is not None:
@@ -217,11 +231,11 @@ def linear_cross_entropy(
     _check(input, linear_weight, linear_bias)
     classes, batch = linear_weight.shape[0], tuple(input.shape[:-1])
     target = cross_entropy_op.prepared_target(OP, target, batch, (*batch, classes), input, ignore_index)
-    if not target.is_floating_point():
-        cross_entropy_op.check_indices(OP, target, classes, ignore_index)
+    is_index = not target.is_floating_point()
+    may_ignore = is_index and cross_entropy_op.check_indices(OP, target, classes, ignore_index)
     weight = cross_entropy_op.prepared_weight(OP, weight, classes, input)
     rows = input.reshape(-1, input.shape[-1])
-    target = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
+    target = target.reshape(-1) if is_index else target.reshape(-1, classes)
     settings = Settings(ignore_index, label_smoothing, z_loss, softcap)
     dtype = accumulate_dtype(input.dtype) if to is not None else input.dtype
     tensors = (rows, linear_weight, linear_bias, target, weight)
@@ -230,20 +244,25 @@ def linear_cross_entropy(
         loss = _formula(*tensors, reduction, settings, dtype)
     elif chosen.name == registry.PORTABLE:  # exporting: the number of chunks would be frozen into the graph
         logits = torch_functional.linear(rows, linear_weight, linear_bias)
-        loss = cross_entropy_op.of_rows(logits, target, weight, reduction, settings, dtype, backend)
-    elif needs_grad(rows, linear_weight, linear_bias, target):
-        loss = LinearCrossEntropyFunction.apply(*tensors, reduction, settings, dtype, chosen.name)
+        loss = cross_entropy_op.of_rows(logits, target, weight, reduction, settings, dtype, backend, may_ignore)
     else:
-        losses = []
-        for part in _chunks(rows.shape[0], classes):
-            logits = torch_functional.linear(rows[part], linear_weight, linear_bias)
-            losses.append(chosen.fwd(logits, target[part], weight, None, *settings)[0])
-        loss = torch.cat(losses) if losses else rows.new_empty(0, dtype=accumulate_dtype(input.dtype))
-        divisor = None
-        if reduction == "mean":
-            divisor = reference.denominator(target, weight, rows.shape[0], ignore_index)
-        loss = reference.reduced(loss, divisor, reduction).to(dtype)
+        divisor = cross_entropy_op.mean_divisor(target, weight, reduction, settings, may_ignore)
+        loss = _of_chunks(*tensors, divisor, reduction, settings, dtype, chosen)
     return loss.view(batch) if reduction == "none" else loss
+
+
+def _of_chunks(rows, linear_weight, linear_bias, target, weight, divisor, reduction, settings, dtype, chosen):
+    if needs_grad(rows, linear_weight, linear_bias, target):
+        return LinearCrossEntropyFunction.apply(
+            rows, linear_weight, linear_bias, target, weight, divisor, reduction, settings, dtype, chosen.name
+        )
+    logits = _Logits(rows, linear_weight, linear_bias)
+    losses = [
+        chosen.fwd(logits.of(part), target[part], weight, None, *settings)[0]
+        for part in _chunks(rows.shape[0], linear_weight.shape[0])
+    ]
+    loss = torch.cat(losses) if losses else rows.new_empty(0, dtype=accumulate_dtype(rows.dtype))
+    return reference.reduced(loss, divisor, reduction).to(dtype)
 
 
 _op.define_public(

@@ -63,22 +63,19 @@ def arriving(grad: Tensor, divisor: Tensor | float | None, reduction: str, rows:
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """apply(input, target, weight, reduction, settings, dtype, chosen) -> loss, of type `dtype`.
+    """apply(input, target, weight, divisor, reduction, settings, dtype, chosen) -> loss, of type `dtype`.
 
-    `input` is `[rows, C]`, `target` `[rows]` (int64) or `[rows, C]`, `weight` `[C]` in the type of sums; `settings` a
-    `reference.Settings`; `chosen` names the backend of both directions. The gradient is computed when it arrives, from
-    the logits and three numbers of each row: on a CPU as fast as in the forward's pass (4,096 x 32,000, one thread of a
-    Zen 5: 45.4 ms against 43.6 in fp32, 37.5 against 37.9 in bf16), and a second tensor of the size of the logits is
-    not kept, nor rounded before it is scaled.
+    `input` is `[rows, C]`, `target` `[rows]` (int64) or `[rows, C]`, `weight` `[C]` in the type of sums; `divisor` that
+    of a mean; `settings` a `reference.Settings`; `chosen` names the backend of both directions. The gradient is
+    computed when it arrives, from the logits and three numbers of each row: on a CPU as fast as in the forward's pass
+    (4,096 x 32,000, one thread of a Zen 5: 45.4 ms against 43.6 in fp32, 37.5 against 37.9 in bf16), and a second
+    tensor of the size of the logits is not kept, nor rounded before it is scaled.
     """
 
     @staticmethod
-    def forward(ctx, input, target, weight, reduction, settings, dtype, chosen):
+    def forward(ctx, input, target, weight, divisor, reduction, settings, dtype, chosen):
         fwd = registry.entry("cross_entropy", chosen).fwd
         loss, stats, _ = fwd(input, target, weight, None, *settings)
-        divisor = None
-        if reduction == "mean":
-            divisor = reference.denominator(target, weight, input.shape[0], settings.ignore_index)
         is_tensor = isinstance(divisor, Tensor)
         ctx.save_for_backward(input, target, weight, stats, divisor if is_tensor else None)
         ctx.settings = (reduction, settings, dtype, chosen, None if is_tensor else divisor)
@@ -100,7 +97,7 @@ class CrossEntropyFunction(torch.autograd.Function):
                 dinput = bwd(dloss, input, target, weight, stats, *settings)
             if ctx.needs_input_grad[1]:
                 dtarget = reference.cross_entropy_dtarget(dloss, input, target, weight, stats, settings)
-        return dinput, dtarget, None, None, None, None, None
+        return dinput, dtarget, None, None, None, None, None, None
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------
@@ -149,15 +146,18 @@ def prepared_target(op: str, target: Tensor, batch: tuple, probabilities: tuple,
     return target.long()
 
 
-def check_indices(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
-    """Name the first index that is no class. On a GPU this would wait for it: the loss is NaN there instead."""
+def check_indices(op: str, target: Tensor, classes: int, ignore_index: int) -> bool:
+    """Name the first index that is no class; False: none is to be ignored.
+
+    On a GPU looking would wait for it: there the loss is NaN instead, and the answer True.
+    """
     # Tensors that only stand for others (compilation, transforms) have no values to look at.
     plain = type(target) in (Tensor, torch.nn.Parameter)
     if not plain or not target.is_cpu or not target.numel() or torch.compiler.is_compiling() or transform_active():
-        return
-    lowest, highest = torch.aminmax(target)
+        return True
+    lowest, highest = (bound.item() for bound in torch.aminmax(target))
     if lowest >= 0 and highest < classes:
-        return
+        return lowest <= ignore_index <= highest
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
     if wrong.any():
         where = tuple(wrong.nonzero()[0].tolist())
@@ -165,6 +165,16 @@ def check_indices(op: str, target: Tensor, classes: int, ignore_index: int) -> N
             f"{op}: target is {target[where].item()} at position {where},"
             f" expected 0 to {classes - 1}, or {ignore_index}, the ignore_index"
         )
+    return True
+
+
+def mean_divisor(target: Tensor, weight: Tensor | None, reduction: str, settings: Settings, may_ignore: bool):
+    """What the sum of the losses of `target`, `[rows]` or `[rows, C]`, is divided by; None where it is not a mean."""
+    if reduction != "mean":
+        return None
+    if weight is None and not may_ignore:
+        return float(target.shape[0])
+    return reference.denominator(target, weight, target.shape[0], settings.ignore_index)
 
 
 def prepared_weight(op: str, weight: Tensor | None, classes: int, input: Tensor) -> Tensor | None:
@@ -228,15 +238,14 @@ def cross_entropy(
     classes = input.shape[axis]
     batch = (*input.shape[:axis], *input.shape[axis + 1 :])
     target = prepared_target(op, target, batch, tuple(input.shape), input, ignore_index)
-    if not target.is_floating_point():
-        check_indices(op, target, classes, ignore_index)
+    is_index = not target.is_floating_point()
+    may_ignore = is_index and check_indices(op, target, classes, ignore_index)
     weight = prepared_weight(op, weight, classes, input)
     rows = _as_rows(input, axis, classes)
-    target = _as_rows(target, axis, classes) if target.is_floating_point() else target.reshape(-1)
+    target = target.reshape(-1) if is_index else _as_rows(target, axis, classes)
     dtype = accumulate_dtype(input.dtype) if autocast_dtype(input.device) else input.dtype
-    loss = of_rows(
-        rows, target, weight, reduction, Settings(ignore_index, label_smoothing, z_loss, softcap), dtype, backend
-    )
+    settings = Settings(ignore_index, label_smoothing, z_loss, softcap)
+    loss = of_rows(rows, target, weight, reduction, settings, dtype, backend, may_ignore)
     return loss.view(batch) if reduction == "none" else loss
 
 
@@ -244,16 +253,14 @@ def _as_rows(tensor: Tensor, axis: int, classes: int) -> Tensor:
     return tensor.reshape(-1, classes) if axis == tensor.dim() - 1 else tensor.movedim(axis, -1).reshape(-1, classes)
 
 
-def of_rows(rows, target, weight, reduction, settings, dtype, backend):
+def of_rows(rows, target, weight, reduction, settings, dtype, backend, may_ignore):
     chosen = registry.pick("cross_entropy", (rows, target, weight), backend)
     if chosen.name == "torch" and transform_active():
         return reference.cross_entropy(rows, target, weight, reduction, settings, dtype)
+    divisor = mean_divisor(target, weight, reduction, settings, may_ignore)
     if needs_grad(rows, target):
-        return CrossEntropyFunction.apply(rows, target, weight, reduction, settings, dtype, chosen.name)
+        return CrossEntropyFunction.apply(rows, target, weight, divisor, reduction, settings, dtype, chosen.name)
     loss, _, _ = chosen.fwd(rows, target, weight, None, *settings)
-    divisor = (
-        reference.denominator(target, weight, rows.shape[0], settings.ignore_index) if reduction == "mean" else None
-    )
     return reference.reduced(loss, divisor, reduction).to(dtype)
 
 

@@ -1,4 +1,6 @@
-"""What is worth timing for quantized_linear, and the peers to beat."""
+"""What is worth timing for quantized_linear and rms_norm_quantized_linear, and the peers to beat."""
+
+import functools
 
 import torch
 import torch.nn.functional as torch_functional
@@ -23,6 +25,9 @@ def bench_cases(op: str, full: bool) -> list[QuantizedLinearCase]:
     Without it not all rows in fp32, and 1024 only where a goal is about them: to check that answer in fp64 takes longer
     than to time it.
     """
+    if op == cases.OPS[1]:
+        make = functools.partial(QuantizedLinearCase, dtype=torch.bfloat16, bias=False, op=op)
+        return [make(variant, M, *SIZE) for variant in GOALS for M in ROWS[:-1]]
     found = []
     for variant in cases.VARIANTS if full else GOALS:
         many = full or variant in ("int8", "w8a8")
@@ -44,7 +49,7 @@ def small(case: QuantizedLinearCase, elements: int) -> QuantizedLinearCase:
 
 def overhead_case(op: str) -> QuantizedLinearCase:
     """One short row: the time is that of the call, not of the kernel."""
-    return QuantizedLinearCase("int8", 1, 16, 32, bias=False)
+    return QuantizedLinearCase("int8", 1, 16, 32, bias=False, op=op)
 
 
 def _once(make):
@@ -66,6 +71,10 @@ def peers(case: QuantizedLinearCase) -> dict:
     What it returns is near what `cases.call` returns, which is what the check of peers asks for.
     """
     written_out = _once(lambda inputs: inputs.weight.dequantize(inputs.x.dtype))
+    if case.op == cases.OPS[1]:
+        norm = lambda inputs: torch_functional.rms_norm(inputs.x, (case.K,), inputs.norm_weight, cases.EPS)
+        linear = torch_functional.linear
+        return {"torch rms_norm, linear": lambda inputs: (linear(norm(inputs), written_out(inputs), inputs.bias),)}
     return {"torch linear": lambda inputs: (torch_functional.linear(inputs.x, written_out(inputs), inputs.bias),)}
 
 
@@ -74,7 +83,7 @@ def forward_peers(case: QuantizedLinearCase, device: str) -> dict:
 
     torch's are compared in bf16 only: in fp32 they take a hundred times as long.
     """
-    if device != "cpu" or case.bias:
+    if device != "cpu" or case.bias or case.op == cases.OPS[1]:
         return {}
     found = {}
     if case.variant == "int8" and case.dtype == torch.bfloat16:

@@ -1,20 +1,22 @@
-"""What tests, `llmkernels check` and benchmarks run for quantized_linear: shapes, inputs, truth, baseline, bytes."""
+"""What tests, `llmkernels check` and benchmarks run for quantized_linear and rms_norm_quantized_linear: shapes, inputs,
+truth, baseline, bytes."""
 
 import functools
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from llmkernels import functional
+from llmkernels.ops.norm.reference import rms_norm
 from llmkernels.ops.quantized_linear import reference
 from llmkernels.quantization import fp8, int8
 from llmkernels.quantization.tensor import QuantizedTensor, quantize_tensor
 from llmkernels.testing.inputs import Inputs, outputs_and_gradients, short_name
 
-OPS = ("quantized_linear",)
+OPS = ("quantized_linear", "rms_norm_quantized_linear")
+EPS = 1e-6
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # The words of tests/coverage.toml -> (scheme, options of quantize).
@@ -38,12 +40,18 @@ VARIANTS = {
     "fp8_dynamic": ("fp8_dynamic", {}),
     "fp8_dynamic_block": ("fp8_dynamic", {"group_size": 128}),
 }
+# Of rms_norm_quantized_linear: each kind of activations, and weights of each size without.
+NORM_VARIANTS = ("int8", "nf4", "w8a8", "w4a8", "w4a8_zeros", "fp8_dynamic")
 
 
 @dataclass(frozen=True)
 class QuantizedLinearCase:
     """One call: x `[M, K]`, weight `[N, K]`. `data` names the distribution of x and of the weight: normal, large, zeros
-    (some rows of both), scaled (rows and columns of very different size)."""
+    (some rows of both), scaled (rows and columns of very different size).
+
+    Of rms_norm_quantized_linear x has multiples of 1/8, whose squares are added exactly: the order of a kernel's sums
+    must not decide to which integer an activation is rounded.
+    """
 
     variant: str  # of VARIANTS
     M: int
@@ -52,8 +60,7 @@ class QuantizedLinearCase:
     dtype: torch.dtype = torch.float32
     bias: bool = True
     data: str = "normal"
-
-    op: ClassVar[str] = OPS[0]
+    op: str = OPS[0]
 
     @property
     def rows(self) -> str:
@@ -80,7 +87,7 @@ class QuantizedLinearCase:
 class QuantizedLinearInputs(Inputs):
     """Tensors of one case: the arguments and the gradient that arrives at the output. The weight is no leaf."""
 
-    LEAVES = ("x", "bias")
+    LEAVES = ("x", "bias", "norm_weight")
     OUTPUTS = ("y",)
     GRADS = ("dy",)
 
@@ -88,11 +95,12 @@ class QuantizedLinearInputs(Inputs):
     bias: Tensor | None
     dy: Tensor
     weight: QuantizedTensor
+    norm_weight: Tensor | None = None
 
 
 def _weight(case: QuantizedLinearCase, seed: int) -> QuantizedTensor:
     """The weight on the CPU, the same for any number of rows of x."""
-    return _quantized(replace(case, M=0, bias=False), seed)
+    return _quantized(replace(case, M=0, bias=False, op=OPS[0]), seed)
 
 
 @functools.lru_cache(maxsize=64)
@@ -119,16 +127,28 @@ def make_inputs(case: QuantizedLinearCase, device: str | torch.device = "cpu", s
         x[::2] = 0.0
     elif case.data == "scaled":
         x *= torch.logspace(-2, 2, max(case.M, 1), dtype=torch.float64)[: case.M, None]
+    norm_weight = None
+    if case.op != OPS[0]:
+        x = (8.0 * x).round() / 8.0
+        norm_weight = (1.0 + 0.1 * normal(case.K)).to(case.dtype).to(device)
     x, dy, bias = (t.to(case.dtype).to(device) for t in (x, dy, bias))
     weight = _weight(case, seed)
     if weight.data.device != x.device:
         weight = replace(weight, **{name: part.to(device) for name, part in weight.parts.items()})
-    return QuantizedLinearInputs(x, bias if case.bias else None, dy, weight)
+    return QuantizedLinearInputs(x, bias if case.bias else None, dy, weight, norm_weight)
 
 
 def call(case: QuantizedLinearCase, inputs: QuantizedLinearInputs, backend: str | None = None) -> tuple[Tensor, ...]:
     """The public function on the tensors of `inputs`: (y,)."""
-    return (functional.quantized_linear(inputs.x, inputs.weight, inputs.bias, backend=backend),)
+    x, weight, bias = inputs.x, inputs.weight, inputs.bias
+    if case.op == OPS[0]:
+        return (functional.quantized_linear(x, weight, bias, backend=backend),)
+    return (functional.rms_norm_quantized_linear(x, weight, bias, inputs.norm_weight, EPS, backend=backend),)
+
+
+def _normed(case: QuantizedLinearCase, inputs: QuantizedLinearInputs) -> Tensor:
+    """What is multiplied by the weight, before it is rounded."""
+    return inputs.x if case.op == OPS[0] else rms_norm(inputs.x, None, inputs.norm_weight, (case.K,), EPS, 0.0)
 
 
 class _Rounded(torch.autograd.Function):
@@ -152,30 +172,36 @@ def call_torch(case: QuantizedLinearCase, inputs: QuantizedLinearInputs) -> tupl
 
     Of rounded activations, whose integers torch's linear would round once more, it is the reference.
     """
+    x = _normed(case, inputs)
     if inputs.weight.activations:
-        return (_Rounded.apply(inputs.x, inputs.bias, inputs.weight),)
-    return (torch_functional.linear(inputs.x, inputs.weight.dequantize(inputs.x.dtype), inputs.bias),)
+        return (_Rounded.apply(x, inputs.bias, inputs.weight),)
+    return (torch_functional.linear(x, inputs.weight.dequantize(x.dtype), inputs.bias),)
 
 
-def _rounded(inputs: QuantizedLinearInputs) -> Tensor:
-    """x in fp64, rounded as the weight says."""
+@torch.no_grad()
+def _rounded(case: QuantizedLinearCase, inputs: QuantizedLinearInputs) -> Tensor:
+    """What is multiplied by the weight in fp64, rounded as that says: from the dtype of x."""
     if not inputs.weight.activations:
-        return inputs.x.double()
+        return _normed(case, _wide(inputs))
     quantize_rows = (int8 if inputs.weight.activations == "int8" else fp8).quantize_rows
-    values, scales = quantize_rows(inputs.x)
+    values, scales = quantize_rows(_normed(case, inputs))
     return values.double() * scales.double()
 
 
+def _wide(inputs: QuantizedLinearInputs) -> QuantizedLinearInputs:
+    names = [*inputs.leaf_names(), "dy"]
+    return inputs.replace(**{name: getattr(inputs, name).double() for name in names})
+
+
 def truth(case: QuantizedLinearCase, inputs: QuantizedLinearInputs) -> dict[str, Tensor]:
-    """Outputs and gradients in fp64."""
-    weight = inputs.weight.dequantize(torch.float64)
-    wide = inputs.replace(
-        x=_rounded(inputs.replace(x=inputs.x.detach())),
-        bias=None if inputs.bias is None else inputs.bias.double(),
-        dy=inputs.dy.double(),
-    )
-    linear = lambda leaves: (torch_functional.linear(leaves.x, weight, leaves.bias),)
-    return outputs_and_gradients(wide, linear)
+    """Outputs and gradients in fp64. The gradient passes the rounding of activations as if there were none."""
+    weight, rounded = inputs.weight.dequantize(torch.float64), _rounded(case, inputs)
+
+    def linear(leaves):
+        x = _normed(case, leaves)
+        return (torch_functional.linear(x + (rounded - x.detach()), weight, leaves.bias),)
+
+    return outputs_and_gradients(_wide(inputs), linear)
 
 
 def as_rows(case: QuantizedLinearCase, name: str, tensor: Tensor) -> Tensor:
@@ -187,11 +213,18 @@ def term_size(case: QuantizedLinearCase, inputs: QuantizedLinearInputs, name: st
     """`[rows]`: the rms size of a sum of terms of a row's size, which may cancel."""
     wide = inputs.weight.dequantize(torch.float64).square()
     if name == "y":
-        sums = _rounded(inputs).square() @ wide.t()
-    elif name == "dx":
-        sums = inputs.dy.double().square() @ wide
-    else:
+        sums = _rounded(case, inputs).square() @ wide.t()
+    elif name == "dbias":
         sums = inputs.dy.double().square().sum(0)[None]
+    else:
+        sums = inputs.dy.double().square() @ wide
+        if case.op != OPS[0]:
+            x, norm_weight = inputs.x.double(), inputs.norm_weight.double()
+            rstd = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
+            by = norm_weight * rstd if name == "dx" else x * rstd
+            sums = sums * by.square()
+        if name == "dnorm_weight":
+            sums = sums.sum(0)[None]
     return sums.mean(-1).sqrt()
 
 
@@ -209,7 +242,10 @@ def bytes_moved(case: QuantizedLinearCase, direction: str) -> int:
 
 def plain_case(op: str, dtype: torch.dtype = torch.float32, *, tiny: bool = False) -> QuantizedLinearCase:
     """An ordinary call of `op` with every tensor present; `tiny` where each element is perturbed alone."""
-    return QuantizedLinearCase("int8", 2, 3, 5, dtype) if tiny else QuantizedLinearCase("int8", 5, 48, 64, dtype)
+    # The norm is in a kernel only with rounded activations, whose gradient is not that of what is computed.
+    variant = "int8" if op == OPS[0] or dtype == torch.float64 else "w8a8"
+    M, N, K = (2, 3, 5) if tiny else (5, 48, 64)
+    return QuantizedLinearCase(variant, M, N, K, dtype, op=op)
 
 
 def reshaped(case: QuantizedLinearCase, shape: tuple[int, ...]) -> QuantizedLinearCase:
@@ -238,4 +274,21 @@ def test_cases() -> list[QuantizedLinearCase]:
         cases += [make(variant, M, 520, 1040, dtype) for variant in ("int8", "int4", "w8a8") for M in (1, 48)]
     for variant in VARIANTS:
         cases += [make(variant, *sizes) for sizes in ((0, 5, 16), (3, 0, 16), (3, 5, 0))]
+    return cases + _norm_cases()
+
+
+def _norm_cases() -> list[QuantizedLinearCase]:
+    """Those of rms_norm_quantized_linear: what it is composed of has its own."""
+    make = functools.partial(QuantizedLinearCase, op=OPS[1])
+    cases = []
+    for dtype in DTYPES:
+        for variant in NORM_VARIANTS:
+            cases += [make(variant, M, 40, 200, dtype) for M in (1, 3, 17, 70)]
+    for dtype in (torch.float32, torch.bfloat16):
+        for variant in ("int8", "w8a8", "w4a8"):
+            cases.append(make(variant, 4, 40, 136, dtype, data="zeros"))
+            cases += [make(variant, 2, 9, K, dtype, bias=False) for K in (1, 2, 31, 64, 65, 257)]
+            cases.append(make(variant, 1, 9, 37, dtype))  # one row is read in vectors, its end is not
+            cases.append(make(variant, 2, 16, 2100, dtype))  # more than a block's vectors
+    cases += [make("w8a8", *sizes) for sizes in ((0, 5, 16), (3, 0, 16), (3, 5, 0))]
     return cases

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from llmkernels.ops.norm.op import rms_norm
+from llmkernels.ops.quantized_linear import norm_op
 from llmkernels.ops.quantized_linear.op import _check, run
 from llmkernels.quantization import SCHEMES
 from llmkernels.quantization.tensor import QuantizedTensor, empty_tensor, quantize_tensor, scheme_of
@@ -219,12 +221,21 @@ class QuantizedLinear(QuantizedModule):
         made.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return made
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *, norm_weight: Tensor | None = None, norm_eps: float | None = None) -> Tensor:
+        """`[*, K]` to `[*, N]`; with `norm_eps` of `rms_norm(input, (K,), norm_weight, norm_eps)`, in one kernel where
+        there is one: `layer(x, norm_weight=norm.weight, norm_eps=norm.eps)`."""
         held = self._buffers  # one look-up each: attributes of modules cost several
         weight, scales, input_scale = held["weight"], held["weight_scales"], held["input_scale"]
         if weight.requires_grad or scales.requires_grad:
             raise RuntimeError(f"QuantizedLinear: a gradient of the weight is asked for, but {self.scheme} has none")
         parts, bias = (weight, scales, held["weight_zeros"], held["weight_second_scales"]), self._parameters["bias"]
+        if norm_eps is not None and input_scale is None:
+            of_norm = (norm_weight, norm_eps, held["weight_order"])
+            return norm_op.run(input, parts, self._shape, self._kind, bias, *of_norm)
+        if norm_eps is not None:
+            input = rms_norm(input, (self.in_features,), norm_weight, norm_eps)
+        elif norm_weight is not None:
+            raise ValueError("QuantizedLinear: norm_weight is given without norm_eps, expected both or norm_eps alone")
         if input_scale is not None:
             _check(input, parts, *self._shape, bias)
             input = input * input_scale.to(input.dtype)

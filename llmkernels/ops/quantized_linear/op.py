@@ -84,34 +84,44 @@ class QuantizedLinearFunction(torch.autograd.Function):
 # --- arguments ------------------------------------------------------------------------------------------------------
 
 
-def _check(input: Tensor, parts: Parts, rows: int, columns: int, bias: Tensor | None) -> None:
+def _check(input: Tensor, parts: Parts, rows: int, columns: int, bias: Tensor | None, op: str = OP) -> None:
     if input.dtype not in FLOAT_DTYPES:
-        raise dtype_error(OP, "input", input.dtype)
+        raise dtype_error(op, "input", input.dtype)
     if input.dim() == 0 or input.shape[-1] != columns:
-        raise ValueError(f"{OP}: input has shape {tuple(input.shape)}, expected {columns} columns, the weight's")
+        raise ValueError(f"{op}: input has shape {tuple(input.shape)}, expected {columns} columns, the weight's")
     device = input.device
     if bias is not None:
         if bias.dtype not in FLOAT_DTYPES:
-            raise dtype_error(OP, "bias", bias.dtype)
+            raise dtype_error(op, "bias", bias.dtype)
         if tuple(bias.shape) != (rows,):
-            raise ValueError(f"{OP}: bias has shape {tuple(bias.shape)}, expected ({rows},), the weight's rows")
-    for name, tensor in (("weight", parts[0]), ("bias", bias)):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{OP}: {name} is on {tensor.device}, expected {device}, the device of input")
+            raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, expected ({rows},), the weight's rows")
+        if bias.device != device:
+            raise _device_error(op, "bias", bias, device)
+    if parts[0].device != device:
+        raise _device_error(op, "weight", parts[0], device)
+
+
+def _device_error(op: str, name: str, tensor: Tensor, device: torch.device) -> ValueError:
+    return ValueError(f"{op}: {name} is on {tensor.device}, expected {device}, the device of input")
 
 
 def run(input: Tensor, parts: Parts, shape: tuple[int, int], kind: Kind, bias: Tensor | None,
         order: Tensor | None = None, backend: str | None = None) -> Tensor:  # fmt: skip
     """`quantized_linear` of a weight's parts: what the public functions and the modules call."""
-    _check(input, parts, *shape, bias)
-    lower = autocast_dtype(input.device)
-    if lower is not None and input.dtype != torch.float64:
-        input = input.to(lower)  # as torch's linear
+    sizes = input.shape
+    fits = input.dtype in FLOAT_DTYPES and sizes[-1:] == shape[1:] and parts[0].device == input.device
+    if not fits or bias is not None:
+        _check(input, parts, *shape, bias)
+    if torch._C._is_any_autocast_enabled():
+        lower = autocast_dtype(input.device)
+        if lower is not None and input.dtype != torch.float64:
+            input = input.to(lower)  # as torch's linear
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
     if order is not None:
         input = input.index_select(-1, order)
-    x = input if input.dim() == 2 else input.reshape(-1, shape[1]) if shape[1] else input.flatten(0, -2)
+    flat = len(sizes) == 2
+    x = input if flat else input.reshape(-1, shape[1]) if shape[1] else input.flatten(0, -2)
     chosen = registry.pick(OP, (x, *parts, bias, *kind), backend)
     if chosen.name == "torch" and transform_active():
         y = reference.formula(x, bias, *parts, *kind)
@@ -119,7 +129,16 @@ def run(input: Tensor, parts: Parts, shape: tuple[int, int], kind: Kind, bias: T
         y = QuantizedLinearFunction.apply(x, bias, parts, kind, chosen.name)
     else:
         y = chosen.fwd(x, *parts, bias, *kind)
-    return y if input.dim() == 2 else y.view(*input.shape[:-1], shape[0])
+    return y if flat else y.view((*sizes[:-1], shape[0]))
+
+
+def parts_of(weight: QuantizedTensor, op: str = OP) -> tuple[Parts, Kind]:
+    """What kernels take of a weight. Raises: TypeError, it is none."""
+    if not isinstance(weight, QuantizedTensor):
+        got = type(weight).__name__
+        raise TypeError(f"{op}: weight is a {got}, expected a QuantizedTensor: quantize_tensor(weight, 'int8')")
+    parts = (weight.data, weight.scales, weight.zeros, weight.second_scales)
+    return parts, (weight.format, weight.group_size or 0, weight.activations or "")
 
 
 # --- the public functions -------------------------------------------------------------------------------------------
@@ -141,11 +160,7 @@ def quantized_linear(
     Raises: ValueError or TypeError, shapes, devices or dtypes do not fit; NoBackendError, a forced backend cannot run
         this call (the message says why).
     """
-    if not isinstance(weight, QuantizedTensor):
-        got = type(weight).__name__
-        raise TypeError(f"{OP}: weight is a {got}, expected a QuantizedTensor: quantize_tensor(weight, 'int8')")
-    parts = (weight.data, weight.scales, weight.zeros, weight.second_scales)
-    kind = (weight.format, weight.group_size or 0, weight.activations or "")
+    parts, kind = parts_of(weight)
     return run(input, parts, weight.shape, kind, bias, weight.order, backend)
 
 
@@ -163,7 +178,7 @@ _MOST_ROWS, _MOST_FLOAT_ROWS = 64, 8
 
 
 def _refuses_fp64(x: Tensor, *_) -> str | None:
-    return f"{OP} of float64 needs plain PyTorch" if x.dtype == torch.float64 else None
+    return "float64 needs plain PyTorch" if x.dtype == torch.float64 else None
 
 
 def _cuda_refuses(x, data, scales, zeros, second_scales, bias, format, group_size, activations) -> str | None:
@@ -178,8 +193,8 @@ def _cuda_refuses(x, data, scales, zeros, second_scales, bias, format, group_siz
 
 
 _FUNCTIONS = ("quantized_linear_fwd", "quantized_linear_bwd", reference.linear_fwd, reference.linear_bwd)
-_REFUSE = {"cuda": _cuda_refuses, "cpu": _refuses_fp64, "triton": _refuses_fp64}
-registry.register(OP, *_op.backends(OP, *_FUNCTIONS, refuse=_REFUSE))
+REFUSE = {"cuda": _cuda_refuses, "cpu": _refuses_fp64, "triton": _refuses_fp64}
+registry.register(OP, *_op.backends(OP, *_FUNCTIONS, refuse=REFUSE))
 
 _op.define_public(
     OP,

@@ -8,12 +8,13 @@ import triton
 from torch import Tensor
 
 from llmkernels._triton import as_rows
+from llmkernels.ops.norm.triton_kernels import rms_norm_fwd
 from llmkernels.ops.quantized_linear.triton_bwd import _quantized_linear_bwd_kernel
 from llmkernels.ops.quantized_linear.triton_fwd import _quantized_linear_fwd_kernel, _quantized_linear_sum_kernel
 from llmkernels.ops.quantized_linear.triton_rows import _quantized_linear_rows_kernel
 from llmkernels.quantization import _groups, fp8
 
-__all__ = ["configurations", "quantized_linear_bwd", "quantized_linear_fwd"]
+__all__ = ["configurations", "quantized_linear_bwd", "quantized_linear_fwd", "rms_norm_quantized_linear_fwd"]
 
 FOUR_BITS = ("int4", "nf4")
 ACTIVATIONS = {"": ("int8", "int4", "nf4", "fp8"), "int8": ("int8", "int4"), "fp8": ("fp8",)}  # of which formats
@@ -129,14 +130,21 @@ class _Weight:
         }  # fmt: skip
 
 
-def _rounded(x: Tensor, row_stride: int, activations: str, to: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(rows of x rounded to int8 or fp8, in a type that holds it, and their scales)."""
+def _rounded(x: Tensor, row_stride: int, activations: str, to: torch.dtype,
+             norm: tuple[Tensor | None, float, Tensor] | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(rows of x rounded to int8 or fp8, in a type that holds it, and their scales).
+
+    `norm`: (weight or None, eps, rstd `[M]` to be filled), of the norm of x before that.
+    """
     M, K = x.shape
     values = torch.empty(M, K, dtype=to, device=x.device)
     scales = torch.empty(M, dtype=torch.float32, device=x.device)
     block = min(max(triton.next_power_of_2(K), 128), ROWS_BLOCK)
     is_fp8, warps = activations == "fp8", rows_warps(block)
-    _quantized_linear_rows_kernel[(M,)](x, values, scales, K, row_stride, FP8=is_fp8, BLOCK=block, num_warps=warps)
+    norm_weight, eps, rstd = (None, 0.0, None) if norm is None else norm
+    _quantized_linear_rows_kernel[(M,)](
+        x, norm_weight, rstd, values, scales, K, row_stride, eps, FP8=is_fp8, BLOCK=block, num_warps=warps
+    )
     return values, scales
 
 
@@ -148,11 +156,29 @@ def _sum(parts: Tensor, x_scales: Tensor | None, scales: Tensor | None, bias: Te
 
 
 def quantized_linear_fwd(x, data, scales, zeros, second_scales, bias, format, group_size, activations):
+    packed = (data, scales, zeros, second_scales)
+    return _fwd("quantized_linear_fwd", x, packed, bias, format, group_size, activations)
+
+
+def rms_norm_quantized_linear_fwd(x, norm_weight, eps, data, scales, zeros, second_scales, bias, format, group_size,
+                                  activations):  # fmt: skip
+    """The norm in the kernel that rounds activations, or where they are not rounded in one of its own."""
+    (M, K), packed = x.shape, (data, scales, zeros, second_scales)
+    if not activations or not data.shape[0]:
+        x, _, rstd = rms_norm_fwd(x, None, norm_weight, (K,), eps, 0.0)
+        return _fwd("rms_norm_quantized_linear_fwd", x, packed, bias, format, group_size, activations), rstd
+    rstd = torch.empty(M, dtype=torch.float32, device=x.device)
+    norm = (None if norm_weight is None else norm_weight.contiguous(), eps, rstd)
+    return _fwd("rms_norm_quantized_linear_fwd", x, packed, bias, format, group_size, activations, norm), rstd
+
+
+def _fwd(op, x, packed, bias, format, group_size, activations, norm=None):
     M, K = x.shape
-    weight = _Weight("quantized_linear_fwd", data, scales, zeros, second_scales, K, format, group_size)
+    weight = _Weight(op, *packed, K, format, group_size)
     if format not in ACTIVATIONS.get(activations, ()):
-        raise ValueError(f"quantized_linear_fwd: activations is {activations!r} with format {format!r}, expected a pair"
-                         f" of {ACTIVATIONS}")  # fmt: skip
+        raise ValueError(
+            f"{op}: activations is {activations!r} with format {format!r}, expected a pair of {ACTIVATIONS}"
+        )
     y = torch.empty(M, weight.N, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -165,7 +191,7 @@ def quantized_linear_fwd(x, data, scales, zeros, second_scales, bias, format, gr
             is_fp8_product = activations == "fp8" and native and x.dtype != torch.float32
             # A product of int8 has 32 columns at least, and a group of 32 half of them on each side of a byte.
             to = torch.int8 if activations == "int8" and (format == "int8" or group_size != 32) else torch.float16
-            x, x_scales = _rounded(x, row_stride, activations, torch.uint8 if is_fp8_product else to)
+            x, x_scales = _rounded(x, row_stride, activations, torch.uint8 if is_fp8_product else to, norm)
             row_stride = K
         block_m, block_n, block_k, warps, stages = fwd_tiles(M, x.element_size(), format, group_size, wide)
         how = scaling(format, group_size, not activations, block_m, x.dtype == torch.uint8)
@@ -181,7 +207,7 @@ def quantized_linear_fwd(x, data, scales, zeros, second_scales, bias, format, gr
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, STAGES=stages, num_warps=warps,
         )  # fmt: skip
         if splits > 1:
-            _sum(to, x_scales, scales.contiguous() if how == "end" else None, bias, y)
+            _sum(to, x_scales, weight.scales if how == "end" else None, bias, y)
     return y
 
 
@@ -284,9 +310,10 @@ def configurations():
         yield bwd(M, "bf16", "fp8", 0, only=_NATIVE)
         yield bwd(M, "bf16", "nf4", 64, "bf16")
         yield bwd(M, "fp32", "int8", 0)
-    for to, FP8 in (("*i8", False), ("*u8", True), ("fp16", True)):
-        types = {"x_ptr": "bf16", "to_ptr": to, "scales_ptr": "fp32"}
-        constants = {"FP8": FP8, "BLOCK": ROWS_BLOCK}
+    for to, FP8, norm in (("*i8", False, False), ("*u8", True, False), ("fp16", True, False), ("*i8", False, True)):
+        types = {"x_ptr": "bf16", "to_ptr": to, "scales_ptr": "fp32", "norm_ptr": "bf16", "rstd_ptr": "fp32"}
+        types["eps"] = "scalar"
+        constants = {"FP8": FP8, "BLOCK": ROWS_BLOCK} | ({} if norm else {"norm_ptr": None, "rstd_ptr": None})
         yield _configuration(_quantized_linear_rows_kernel, types, constants, rows_warps(ROWS_BLOCK))
     types = _TYPES | {"scales_ptr": "fp32", "bias_ptr": "bf16", "y_ptr": "bf16"}
     yield _configuration(_quantized_linear_sum_kernel, types | {"parts_ptr": "*i32"}, {"BLOCK": SUM_BLOCK}, 4)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmkernels.nn import QuantizedEmbedding, QuantizedLinear, QuantizedLSTM
 from llmkernels.ops.quantized_linear.module import BUFFERS, QuantizedModule
-from llmkernels.quantization import SCHEMES
+from llmkernels.quantization import SCHEMES, linears
 from llmkernels.quantization.checkpoints import placing
 from llmkernels.quantization.checkpoints.files import Reader, write
 from llmkernels.quantization.tensor import QuantizedTensor
@@ -134,11 +134,7 @@ def _layer(module: nn.Module, path: str, kind: str, about: dict, parts: dict[str
         known = {*BUFFERS.values(), *(("bias", "input_scale") if kind == "linear" else ())}
         if "weight" not in parts or "weight_scales" not in parts or not set(parts) <= known:
             raise ValueError(f"it has {', '.join(sorted(parts))}, expected some of {', '.join(sorted(known))}")
-        shape = (
-            (module.out_features, module.in_features)
-            if kind == "linear"
-            else (module.num_embeddings, module.embedding_dim)
-        )
+        shape = linears.features(module)[::-1] if kind == "linear" else (module.num_embeddings, module.embedding_dim)
         held = {part: parts.get(name) for part, name in BUFFERS.items()}
         group_size = about.get("group_size")
         weight = QuantizedTensor(format, shape, group_size=group_size, activations=activations, **held)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkernels.nn import QuantizedEmbedding, QuantizedLinear, QuantizedLSTM
+from llmkernels.quantization import linears
 from llmkernels.quantization.model import swap
 
 # What becomes what.
@@ -23,6 +24,8 @@ def target(model: nn.Module, path: str, kind: str, who: str) -> nn.Module:
     except AttributeError:
         raise ValueError(f"{who}: the model has no {path!r}, which is a quantized {kind} in the file") from None
     plain, quantized = KINDS[kind]
+    if kind == "linear":
+        plain = linears.kind_of(module) or plain
     if not isinstance(module, plain | quantized):
         got = type(module).__name__
         raise ValueError(f"{who}: {path} is a {got} in the model, but a quantized {kind} in the file")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from llmkernels.ops.quantized_linear.module import QuantizedLinear
+from llmkernels.quantization import linears
 from llmkernels.quantization.checkpoints import placing
 from llmkernels.quantization.checkpoints.files import Reader
 from llmkernels.quantization.checkpoints.packed import BITS, WHOLE_ROW, from_awq, from_gptq
@@ -22,7 +23,7 @@ GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
 def load_pretrained(model: nn.Module, folder: str | Path, *, ignore: Iterable[str] = IGNORED) -> list[str]:
     """Read a folder of AWQ (gemm) or GPTQ, four bits, into a model of that architecture.
 
-    The model may be on the meta device. Each torch.nn.Linear that is packed in the files becomes an nn.QuantizedLinear;
+    The model may be on the meta device. Each linear layer that is packed in the files becomes an nn.QuantizedLinear;
     all other parameters and buffers are the files'. How they are packed is what config.json's `quantization_config`
     (or quantize_config.json) says.
 
@@ -58,7 +59,7 @@ def _fitted(who: str, path: str, module: nn.Module, read, parts: dict) -> Quanti
         made = read(parts)
     except ValueError as error:
         raise ValueError(f"{who}: {path}: {error}") from error
-    got, expected = (made.in_features, made.out_features), (module.in_features, module.out_features)
+    got, expected = linears.features(made), linears.features(module)
     if got != expected:
         raise ValueError(f"{who}: {path} has (in, out) features {got} in the files, expected {expected}")
     if made.bias is not None and module.bias is None:
