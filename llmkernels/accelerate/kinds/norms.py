@@ -59,22 +59,28 @@ class _StructuralRMSNorm:
         self.eps_name, self.weight_offset = eps_name, weight_offset
 
     def __call__(self, module, input: Tensor, backend: str | None) -> Tensor:
-        weight, eps = module.weight, getattr(module, self.eps_name)
+        weight = module.weight
         if weight.dtype.itemsize == 2 and input.dtype != weight.dtype:  # T5's converts such an input, Llama's does not
             return original_forward(module)(module, input)
-        if input.is_cpu and input.dtype == weight.dtype and weight.is_cpu and input.shape[-1:] == weight.shape:
-            # What functional.rms_norm would find out once more: a decoded token has dozens of norms.
-            return run_rms_norm("rms_norm", (input, None, weight), weight.shape, eps, self.weight_offset, backend)
-        return functional.rms_norm(
-            input, tuple(weight.shape), weight, eps, weight_offset=self.weight_offset, backend=backend
-        )
+        if self._is_plain(input, weight):
+            return run_rms_norm("rms_norm", (input, None, weight), *self._settings(module), backend)
+        shape, eps, offset = self._settings(module)
+        return functional.rms_norm(input, shape, weight, eps, weight_offset=offset, backend=backend)
 
     def add(self, module, input: Tensor, residual: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
-        weight, offset = module.weight, self.weight_offset
-        return functional.add_rms_norm(
-            input, residual, tuple(weight.shape), weight, getattr(module, self.eps_name), weight_offset=offset,
-            backend=backend,
-        )  # fmt: skip
+        """For an input and a residual of one shape and dtype."""
+        weight = module.weight
+        if self._is_plain(input, weight):
+            return run_rms_norm("add_rms_norm", (input, residual, weight), *self._settings(module), backend)
+        shape, eps, offset = self._settings(module)
+        return functional.add_rms_norm(input, residual, shape, weight, eps, weight_offset=offset, backend=backend)
+
+    def _settings(self, module) -> tuple:
+        return module.weight.shape, getattr(module, self.eps_name), self.weight_offset
+
+    def _is_plain(self, input: Tensor, weight: Tensor) -> bool:
+        """Whether functional.rms_norm would find nothing to check or cast: a decoded token has dozens of norms."""
+        return input.is_cpu and input.dtype == weight.dtype and weight.is_cpu and input.shape[-1:] == weight.shape
 
 
 def with_residual(run: Callable | None) -> Callable | None:
