@@ -1,23 +1,14 @@
 """Layers that add a residual and norm the sum: the same forward with both in one pass over the rows.
 
-A forward is known by its source. Where it adds two things and norms the sum next,
-
-    x = residual + self.dropout(x)          normed, x = add_norm(self.norm, residual, self.dropout(x))
-    residual = x                     ->     residual = x
-    x = self.norm(x)                        x = normed
-
-or norms a sum that it does not keep, `self.norm(x + y)`, it is compiled again with a call that does both; all else is
-the forward that it was: its arguments, caches, masks, outputs. The norms have to be swapped already; where one of them
-is watched by hooks, or was given back since, the call adds and norms as ever.
+A forward is known by its source (rewriting.py); all of it but the sums and norms is what it was: arguments, caches,
+masks, outputs. The norms have to be swapped already; where one of them is watched by hooks, or was given back since,
+it adds and norms as ever.
 """
 
-import ast
 import copy
-import functools
 import inspect
-import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +20,8 @@ from llmkernels.accelerate.candidate import Candidate, Trial, device_of, origina
 from llmkernels.accelerate.kinds.activations import hooked
 from llmkernels.accelerate.kinds.norms import with_residual
 from llmkernels.accelerate.rebinding import rebound
+from llmkernels.accelerate.rewriting import ADD_NORM, innermost, rewritten
 from llmkernels.accelerate.trials import ROWS, plain_copy
-
-_ADD_NORM, _NORMED = "_llmkernels_add_norm", "_llmkernels_normed"
-_CHECKPOINTING = "forward_with_checkpointing"  # what transformers' layers wrap forward in, that of a subclass again
 
 
 def add_norm(norm: nn.Module, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,8 +50,8 @@ def recognise(module: nn.Module) -> Candidate | None:
     if isinstance(module, torch.jit.ScriptModule):
         return None
     norms = [name for name, child in module.named_children() if _can_add(child)]
-    forward = _innermost(original_forward(module)) if norms and unfit(module) is None else None
-    made = None if forward is None else _rewritten(forward, frozenset(norms))
+    forward = innermost(original_forward(module)) if norms and unfit(module) is None else None
+    made = None if forward is None else rewritten(forward, frozenset(norms))
     if made is None:
         return None
     run = _Fused(tuple(name for name in norms if name in made.norms))
@@ -76,134 +65,6 @@ def recognise(module: nn.Module) -> Candidate | None:
 
 def _can_add(child: nn.Module) -> bool:
     return isinstance(child, swap.Accelerated) and with_residual(child._llmkernels[0]) is not None
-
-
-# --- the source -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Rewritten:
-    code: types.CodeType
-    norms: tuple[str, ...]  # names of the children that sums go to
-
-
-def _innermost(forward: Callable) -> types.FunctionType | None:
-    """A forward without transformers' wrapper; None where it is wrapped in something else."""
-    while getattr(getattr(forward, "__code__", None), "co_name", None) == _CHECKPOINTING:
-        forward = forward.__wrapped__
-    plain = isinstance(forward, types.FunctionType) and not hasattr(forward, "__wrapped__")
-    return forward if plain and not forward.__code__.co_freevars else None
-
-
-@functools.cache
-def _rewritten(forward: types.FunctionType, names: frozenset[str]) -> _Rewritten | None:
-    """A forward with its sums and norms in one call, for norms of these names; None: it has none, or no source."""
-    try:
-        lines, start = inspect.getsourcelines(forward)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    function = tree.body[0]
-    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
-        return None
-    found = tuple(dict.fromkeys(_fuse(function, names)))
-    if not found:
-        return None
-    # Defaults and annotations are those of the forward: only the code is taken of what is compiled.
-    arguments = function.args
-    for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
-        if each is not None:
-            each.annotation = None
-    function.returns, arguments.defaults, arguments.kw_defaults = None, [], [None] * len(arguments.kwonlyargs)
-    ast.increment_lineno(ast.fix_missing_locations(tree), start - 1)  # tracebacks show the source as it is
-    compiled = compile(tree, forward.__code__.co_filename, "exec", dont_inherit=True)
-    return _Rewritten(next(each for each in compiled.co_consts if isinstance(each, types.CodeType)), found)
-
-
-def _fuse(function: ast.FunctionDef, names: frozenset[str]) -> Iterator[str]:
-    """Rewrite the statements of a function in place. Gives the names of the norms that were found."""
-    for block in list(_blocks(function)):
-        for i, statement in enumerate(block):
-            yield from _unkept_sums(statement, names)
-            total = _target_of_sum(statement)
-            if total is None:
-                continue
-            after = next((each for each in block[i + 1 :] if not _renames(each, total)), None)
-            norms = [] if after is None else _norms_of(after, names, total)
-            if len(norms) != 1:
-                continue
-            (call,) = norms
-            yield call.func.attr
-            both = ast.Tuple([ast.Name(_NORMED, ast.Store()), statement.targets[0]], ast.Store())
-            value = _call(call.func, statement.value)
-            block[i] = ast.copy_location(ast.Assign([both], ast.copy_location(value, statement.value)), statement)
-            _Replace(call, ast.Name(_NORMED, ast.Load())).visit(after)
-
-
-def _blocks(function: ast.FunctionDef) -> Iterator[list[ast.stmt]]:
-    for node in ast.walk(function):
-        for name in ("body", "orelse", "finalbody"):
-            block = getattr(node, name, None)
-            if isinstance(block, list) and block and isinstance(block[0], ast.stmt):
-                yield block
-
-
-def _call(norm: ast.expr, total: ast.BinOp) -> ast.Call:
-    return ast.Call(ast.Name(_ADD_NORM, ast.Load()), [copy.deepcopy(norm), total.left, total.right], [])
-
-
-def _is_sum(node: ast.AST) -> bool:
-    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add)
-
-
-def _norms_in(statement: ast.stmt, names: frozenset[str]) -> list[ast.Call]:
-    """The calls `self.name(one argument)` in a plain statement."""
-    if not isinstance(statement, (ast.Assign, ast.Return)) or statement.value is None:
-        return []
-    calls = [node for node in ast.walk(statement.value) if isinstance(node, ast.Call) and len(node.args) == 1]
-    return [
-        call for call in calls
-        if not call.keywords and isinstance(call.func, ast.Attribute) and call.func.attr in names
-        and isinstance(call.func.value, ast.Name) and call.func.value.id == "self"
-    ]  # fmt: skip
-
-
-def _target_of_sum(statement: ast.stmt) -> str | None:
-    """x of `x = a + b`."""
-    one = isinstance(statement, ast.Assign) and len(statement.targets) == 1 and _is_sum(statement.value)
-    return statement.targets[0].id if one and isinstance(statement.targets[0], ast.Name) else None
-
-
-def _renames(statement: ast.stmt, total: str) -> bool:
-    """Whether it is `other = x`."""
-    return (
-        isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Name) and statement.value.id == total
-        and all(isinstance(target, ast.Name) and target.id != total for target in statement.targets)
-    )  # fmt: skip
-
-
-def _norms_of(statement: ast.stmt, names: frozenset[str], total: str) -> list[ast.Call]:
-    """The calls `self.name(x)`."""
-    arguments = ((call, call.args[0]) for call in _norms_in(statement, names))
-    return [call for call, argument in arguments if isinstance(argument, ast.Name) and argument.id == total]
-
-
-def _unkept_sums(statement: ast.stmt, names: frozenset[str]) -> Iterator[str]:
-    """Rewrite each `self.name(a + b)`."""
-    for call in [call for call in _norms_in(statement, names) if _is_sum(call.args[0])]:
-        yield call.func.attr
-        made = ast.Subscript(_call(call.func, call.args[0]), ast.Constant(0), ast.Load())
-        _Replace(call, ast.copy_location(made, call)).visit(statement)
-
-
-class _Replace(ast.NodeTransformer):
-    """One node of a tree by another."""
-
-    def __init__(self, old: ast.AST, new: ast.AST):
-        self.old, self.new = old, new
-
-    def visit(self, node):
-        return self.new if node is self.old else self.generic_visit(node)
 
 
 # --- the forward and its proof --------------------------------------------------------------------------------------
@@ -220,8 +81,8 @@ class _Fused:
 
     def bind(self, forward: Callable, backend: str | None) -> types.FunctionType:
         """The rewritten forward. Each norm has a backend of its own."""
-        forward = _innermost(forward)
-        return rebound(forward, {_ADD_NORM: add_norm}, _rewritten(forward, frozenset(self.norms)).code)
+        forward = innermost(forward)
+        return rebound(forward, {ADD_NORM: add_norm}, rewritten(forward, frozenset(self.norms)).code)
 
     def example(self, module: nn.Module) -> tuple[Tensor | None, ...]:
         norm = getattr(module, self.norms[0])
@@ -253,7 +114,7 @@ class _Fused:
         return self._trial(copied, copied, self._arguments(copied, dtype, 256))
 
     def _trial(self, before: nn.Module, after: nn.Module, arguments: dict, parameters: tuple = ()) -> Trial:
-        forward, name = _innermost(original_forward(before)), next(iter(arguments))
+        forward, name = innermost(original_forward(before)), next(iter(arguments))
         return Trial(
             lambda x: _first_tensor(forward, before, arguments | {name: x}),
             lambda x: _first_tensor(self.bind(forward, None), after, arguments | {name: x}),
@@ -264,7 +125,7 @@ class _Fused:
 
     def _arguments(self, module: nn.Module, dtype: torch.dtype, count: int) -> dict:
         """Arguments that the layer runs with, by name; the first of those that were tried, where it runs with none."""
-        forward, tried = _innermost(original_forward(module)), []
+        forward, tried = innermost(original_forward(module)), []
         norm, device = getattr(module, self.norms[0]), device_of(module)
         width = _shape(norm)[-1]
         heads = [m.head_dim for m in module.modules() if isinstance(getattr(m, "head_dim", None), int)]
