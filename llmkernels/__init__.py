@@ -2,8 +2,7 @@
 
 from llmkernels import autograd, compat, functional, nn
 from llmkernels._explain import backends, explain
-from llmkernels._restore import restore
-from llmkernels.accelerate import accelerate, accelerated
+from llmkernels.accelerate import accelerate, accelerated, restore
 from llmkernels.generation import generate
 from llmkernels.quantization.model import quantize
 from llmkernels.registry import NoBackendError, use_backend

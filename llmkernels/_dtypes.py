@@ -1,4 +1,6 @@
-"""The dtypes of floating ops, and the type that their sums and intermediate values have."""
+"""The dtypes of floating ops, the type that their sums and intermediate values have, and that of autocast."""
+
+import contextlib
 
 import torch
 
@@ -18,3 +20,15 @@ def dtype_error(op: str, name: str, dtype: torch.dtype) -> TypeError:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of statistics, sums and intermediate values: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast has on a device where it is on; None: it is off, or (meta) the device has none."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A block in which autocast is off on a device; torch.autocast itself refuses the meta device."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -64,10 +64,16 @@ def _decoder(model: str, config: str, found: dict[str, int], **options) -> Famil
     return Family(model, config, _DECODER | options, found)
 
 
-_LLAMA = {"rms_norm (weight)": 5, "swiglu (gate_proj, up_proj)": 2, "rope (halves)": 2, "fused attention": 2, "loss": 1}
-_GEMMA = {"geglu tanh (gate_proj, up_proj)": 2, "rope (halves)": 2, "fused attention": 2, "loss": 1}
+_LLAMA = {
+    "rms_norm (weight)": 5, "swiglu (gate_proj, up_proj)": 2, "rope (halves)": 2, "fused attention": 2, "loss": 1,
+    "add_rms_norm (post_attention_layernorm)": 2,
+}  # fmt: skip
+_GEMMA = {
+    "geglu tanh (gate_proj, up_proj)": 2, "rope (halves)": 2, "fused attention": 2, "loss": 1,
+    "add_rms_norm (pre_feedforward_layernorm)": 2,
+}  # fmt: skip
 _SLIDING = {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8}
-_BERT = {"layer_norm": 6, "gelu": 3, "fused attention": 2, "loss": 1}
+_BERT = {"layer_norm": 6, "gelu": 3, "fused attention": 2, "loss": 1, "add_layer_norm (LayerNorm)": 4}
 
 FAMILIES: dict[str, Family] = {
     "llama": _decoder("LlamaForCausalLM", "LlamaConfig", _LLAMA),
@@ -118,7 +124,9 @@ FAMILIES: dict[str, Family] = {
         _SEQ2SEQ | {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "bos_token_id": 1,
                     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
                     "max_position_embeddings": 64, "decoder_start_token_id": 2, "forced_eos_token_id": None},
-        {"layer_norm": 12, "gelu": 4, "fused attention": 6}, "seq2seq",
+        {"layer_norm": 12, "gelu": 4, "fused attention": 6,
+         "add_layer_norm (self_attn_layer_norm, final_layer_norm)": 2,
+         "add_layer_norm (self_attn_layer_norm, encoder_attn_layer_norm, final_layer_norm)": 2}, "seq2seq",
     ),
     "whisper encoder": Family(
         "WhisperModel", "WhisperConfig",
@@ -126,11 +134,11 @@ FAMILIES: dict[str, Family] = {
          "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "num_mel_bins": 8, "max_source_positions": LENGTH,
          "vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2,
          "decoder_start_token_id": 1},
-        {"layer_norm": 5, "gelu": 2, "fused attention": 2}, "sound",
+        {"layer_norm": 5, "gelu": 2, "fused attention": 2, "add_layer_norm (final_layer_norm)": 2}, "sound",
     ),
     "vit": Family(
         "ViTModel", "ViTConfig", _ENCODER | {"image_size": 8, "patch_size": 4},
-        {"layer_norm": 5, "gelu": 2, "fused attention": 2}, "image",
+        {"layer_norm": 5, "gelu": 2, "fused attention": 2, "add_layer_norm (layernorm_after)": 2}, "image",
     ),
 }  # fmt: skip
 

@@ -226,13 +226,13 @@ def test_torchs_transformer_layer_trains_alike():
     grads = lambda outputs: torch.autograd.grad(sum(out.square().sum() for out in outputs), list(layer.parameters()))
     outputs = run()
     expected = outputs, grads(outputs)
-    assert len(accelerate(layer).swapped) == 3
+    assert len(accelerate(layer).swapped) == 4
     outputs = run()
     torch.testing.assert_close((outputs, grads(outputs)), expected, rtol=1e-4, atol=1e-4)
     layer.eval()
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected[0][0], rtol=1e-4, atol=1e-5)
-    assert llmkernels.restore(layer) == 3
+    assert llmkernels.restore(layer) == 4
 
 
 class Block(nn.Module):
@@ -353,5 +353,4 @@ def test_errors_and_report():
         llmkernels.accelerate(nn.LayerNorm(4), backend="cudnn")
     report = accelerate(nn.Sequential(nn.LayerNorm(COLS), MeanSubtracting()))
     assert str(report).startswith("accelerate: 1 swapped, 1 kept")
-    assert report.to_dict()["entries"][0]["module"] == "LayerNorm"
-    assert report.__rich__().row_count == 2
+    assert report.to_dict()["entries"][0]["module"] == "LayerNorm" and "1 kept" in report._repr_html_()

@@ -92,6 +92,22 @@ def test_what_our_attention_would_not_know_is_refused():
     assert "model.layers.1.self_attn reads the same config" in reasons(report)
 
 
+def test_attention_that_does_not_say_that_it_is_causal_stays():
+    """BigBirdPegasus' decoder is eager only, and gets its mask; ours would get none, and see later tokens."""
+    config = transformers.BigBirdPegasusConfig(
+        vocab_size=99, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=48, pad_token_id=0,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.BigBirdPegasusForCausalLM(config).eval()
+    ids = LLAMA.inputs()["input_ids"][:1]
+    expected = model(input_ids=ids).logits
+    report = accelerate(model)
+    assert not entries(report, "fused attention") and "does not say that it is causal" in reasons(report)
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    eager = FAMILIES["bart"].make(attn_implementation="eager")
+    assert len(entries(accelerate(eager), "fused attention")) == 6, "sdpa is supported: its modules say what they are"
+
+
 def test_an_implementation_that_somebody_chose_stays():
     model = LLAMA.make(attn_implementation="flex_attention")
     report = accelerate(model)
@@ -104,7 +120,7 @@ def test_excluding_one_layer_keeps_the_config():
     report = accelerate(model, exclude="model.layers.0")
     assert not entries(report, "fused attention") and model.config._attn_implementation == "sdpa"
     assert "model.layers.0.self_attn reads the same config: excluded" in reasons(report)
-    assert len(report.swapped) == 6  # of the other layer its rope, MLP and two norms; the last norm; the loss
+    assert len(report.swapped) == 7  # the other layer, its rope, MLP and two norms; the last norm; the loss
 
 
 def test_without_the_mask_interface_padding_would_be_lost(monkeypatch):
@@ -320,7 +336,7 @@ def test_copies_are_accelerated_and_restored_by_themselves(way):
 def test_a_model_inside_of_another_module_and_a_part_of_one():
     wrapper = nn.ModuleDict({"inner": LLAMA.make()})
     report = accelerate(wrapper)
-    assert len(report.swapped) == 12 and wrapper["inner"].config._attn_implementation == "llmkernels_torch"
+    assert len(report.swapped) == 14 and wrapper["inner"].config._attn_implementation == "llmkernels_torch"
     assert llmkernels.restore(wrapper["inner"].model) and wrapper["inner"].config._attn_implementation == "sdpa"
     assert llmkernels.restore(wrapper) == 1, "the loss, which is the outer model's"
 
@@ -330,13 +346,13 @@ def test_twice_and_in_a_context():
     accelerate(model)
     before = {id(module): type(module) for module in model.modules()}
     again = accelerate(model)
-    assert len(again.swapped) == 12 and {entry.detail for entry in again.swapped} == {"swapped before"}
+    assert len(again.swapped) == 14 and {entry.detail for entry in again.swapped} == {"swapped before"}
     with llmkernels.accelerated(model, backend="torch"):
         pass
     assert {id(module): type(module) for module in model.modules()} == before
-    assert model.config._attn_implementation == "llmkernels_torch" and llmkernels.restore(model) == 11
+    assert model.config._attn_implementation == "llmkernels_torch" and llmkernels.restore(model) == 13
     with pytest.raises(KeyError), llmkernels.accelerated(model, backend="torch", exclude="*.mlp") as report:
-        assert len(report.swapped) == 10
+        assert len(report.swapped) == 12
         raise KeyError
     assert model.config._attn_implementation == "sdpa" and llmkernels.restore(model) == 0
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import llmkernels
 from llmkernels import _native
-from llmkernels.accelerate.kinds import gated, losses
+from llmkernels.accelerate.kinds import gated, losses, softmax
 from llmkernels.accelerate.kinds.activations import activation_of
 
 BACKENDS = ("torch", *(["cpu"] if _native.why_absent("cpu") is None else []))
@@ -341,3 +341,53 @@ def test_a_wrong_loss_is_refused(monkeypatch, change):
     monkeypatch.setattr(losses, "_loss", wrong)
     report = accelerate(nn.CrossEntropyLoss())
     assert not report.swapped and "disagrees" in report.kept[0].detail
+
+
+# --- softmax --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make", (nn.Softmax, nn.LogSoftmax))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_softmax_of_enough_elements(make, dtype, backend, monkeypatch):
+    module, ours = make(-1), []
+    usual = softmax._Softmax.ours
+    monkeypatch.setattr(softmax._Softmax, "ours", lambda *args: ours.append(1) or usual(*args))
+    report = llmkernels.accelerate(nn.ModuleList([module, nn.Linear(2, 2).to(dtype)]), backend=backend)
+    name = "softmax" if make is nn.Softmax else "log_softmax"
+    assert [entry.detail for entry in report.swapped] == [f"{name} on {backend}"], str(report)
+    ours.clear()
+    generator = torch.Generator().manual_seed(4)
+    for shape, count in (((4, 8, 4096), 1), ((4096, 32), 1), ((2, 9), 0), ((5,), 0)):
+        x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        dy = torch.randn(shape, generator=generator).to(dtype)
+        found, expected = module(x), make(-1)(x)
+        assert found.dtype == dtype and len(ours) == count
+        ours.clear()
+        grads = [torch.autograd.grad(y, x, dy)[0] for y in (found, expected)]
+        tolerance = {"rtol": 2e-2, "atol": 4e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close((found, grads[0]), (expected, grads[1]), **tolerance)
+
+
+def test_softmax_along_other_dimensions_is_torchs(monkeypatch):
+    monkeypatch.setattr(softmax._Softmax, "ours", lambda *args: pytest.fail("it is no call for ours"))
+    run = softmax._Softmax(False)
+    x = torch.randn(2, 2**17)
+    assert torch.equal(run(nn.Softmax(0), x), x.softmax(0))
+    assert torch.equal(run(nn.Softmax(1), x[:, :9]), x[:, :9].softmax(1))
+    assert torch.equal(run(nn.Softmax(-1), x.half()[:, :4]), x.half()[:, :4].softmax(-1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(nn.Softmax(-1), x), x.softmax(-1))
+
+
+def test_a_wrong_softmax_is_refused(monkeypatch):
+    for wrong in (
+        lambda self, x, backend: x.softmax(-2),
+        lambda self, x, backend: (1.001 * x).softmax(-1),
+        lambda self, x, backend: x.softmax(-1).detach() + 0.0 * x.nan_to_num(0.0, 0.0, 0.0),
+    ):
+        monkeypatch.setattr(softmax._Softmax, "ours", wrong)
+        report = llmkernels.accelerate(nn.Sequential(nn.Softmax(-1)), backend="torch")
+        assert "softmax disagrees" in report.kept[0].detail
+    report = llmkernels.accelerate(nn.Sequential(nn.Softmax()), backend="torch")
+    assert "its dim is None" in report.kept[0].detail

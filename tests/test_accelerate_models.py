@@ -135,3 +135,42 @@ def test_the_loss_hook(name, dtype):
         found.backward()
         assert model.get_input_embeddings().weight.grad.isfinite().all()
         assert llmkernels.restore(model) and "_loss_function" not in vars(model)
+
+
+# --- dtype and quantize ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantize", (None, "int8"))
+@pytest.mark.parametrize("name", ("llama", "gemma3", "t5", "bert", "vit"))
+def test_cast_quantized_and_restored(name, quantize):
+    family = FAMILIES[name]
+    model, inputs = family.make(), family.inputs()
+    before, objects = output_of(model, inputs), [id(p) for p in model.parameters()]
+    tensors = {key: (value.data_ptr(), value.clone()) for key, value in model.state_dict().items()}
+    tables = {key: buffer for key, buffer in model.named_buffers() if key not in tensors}
+    report = llmkernels.accelerate(model, dtype=torch.bfloat16, quantize=quantize, example_inputs=inputs)
+    assert len(report.swapped) == len(llmkernels.accelerate(family.make()).swapped)
+    assert model.dtype == torch.bfloat16 and max(report.lost.values()) < 0.1
+    assert all(dict(model.named_buffers())[key] is buffer for key, buffer in tables.items()), "angles stay in fp32"
+    read = type(model)(model.config)
+    read.to(torch.bfloat16).load_state_dict({key: value for key, (_, value) in tensors.items()})
+    if quantize is None and name != "bert":  # whose masks are made for a dtype, on the way
+        inputs = {key: x.bfloat16() if x.is_floating_point() else x for key, x in inputs.items()}
+        with torch.no_grad():
+            error = (family.kept(output_of(model, inputs) - output_of(read.eval(), inputs))).norm() / before.norm()
+        assert error < 0.05
+    llmkernels.restore(model)
+    assert [id(p) for p in model.parameters()] == objects and torch.equal(output_of(model, family.inputs()), before)
+    for key, tensor in model.state_dict().items():
+        assert (tensor.data_ptr(), tensor.dtype) == (tensors[key][0], tensors[key][1].dtype)
+        assert torch.equal(tensor, tensors[key][1])
+
+
+def test_what_a_model_wants_kept_in_fp32_stays_in_fp16():
+    """T5 says that of `wo`, whose outputs can be larger than fp16 holds; of bf16 it does not."""
+    for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        model = FAMILIES["t5"].make()
+        llmkernels.accelerate(model, dtype=dtype)
+        found = {p.dtype for name, p in model.named_parameters() if ".wo." in name}
+        assert found == {expected} and model.shared.weight.dtype == dtype
+        assert output_of(model, FAMILIES["t5"].inputs()).isfinite().all()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import rich.console
 import torch
 from torch import nn
 
@@ -174,7 +175,25 @@ def _sharded():
     return norm
 
 
+class _Lazy(nn.modules.lazy.LazyModuleMixin, nn.LayerNorm):
+    """Its weight is made of the first input."""
+
+    def __init__(self):
+        super().__init__(COLS)
+        self.weight = nn.UninitializedParameter()
+
+    forward = nn.LayerNorm.forward
+
+
+def _for_inference():
+    with torch.inference_mode():
+        return nn.LayerNorm(COLS)
+
+
 LEFT_ALONE = {
+    "TorchScript": (lambda: torch.jit.script(nn.LayerNorm(COLS)), "it is TorchScript"),
+    "made in inference mode": (_for_inference, "made in inference mode"),
+    "lazy": (_Lazy, "no shape before its first input"),
     "a forward of its own": (lambda: Scaled(COLS), "not a known norm"),
     "the meta device": (lambda: nn.LayerNorm(COLS, device="meta"), "meta device"),
     "partly on the meta device": (_two_devices, "meta device"),
@@ -362,8 +381,15 @@ def test_the_report_in_every_form():
     assert text.startswith("accelerate: 5 swapped, 1 kept") and "0.norm and 1 more" in text and "meta device" in text
     page = report._repr_html_()
     assert page.count("<tr>") == 5 and page.startswith("<table><caption>accelerate: 5 swapped")
-    assert report.__rich__().row_count == 4
-    assert str(accelerate(nn.Linear(2, 2))) == "accelerate: 0 swapped, 0 kept as they were"
+    with (console := rich.console.Console(width=200)).capture() as captured:
+        console.print(report)
+    assert all(word in captured.get() for word in ("5 swapped, 1 kept", "0.norm and 1 more", "memory: 5.5 kB of"))
+    assert str(accelerate(nn.Linear(2, 2))) == (
+        "accelerate: 0 swapped, 0 kept as they were\nmemory: 24 B of parameters and buffers, as before"
+    )
+    assert (
+        data["memory"] == {"before": 5472, "after": 5472, "kept": 0} and data["dtype"] is data["quantization"] is None
+    )
 
 
 def test_json_has_no_infinity():

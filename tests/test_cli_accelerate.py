@@ -59,10 +59,11 @@ def test_written_and_read_again_bit_by_bit(name, dtype, scheme, saved, tmp_path,
     assert main(["accelerate", str(saved / name), "--out", str(out), *options]) == 0
     family, inputs = FAMILIES[name], FAMILIES[name].inputs()
     dtype = getattr(torch, dtype or "float32")
-    expected = original(saved / name, dtype=dtype)
-    llmkernels.accelerate(expected)
-    if scheme:
-        llmkernels.quantize(expected, scheme)
+    expected = original(saved / name)
+    llmkernels.accelerate(expected, dtype=dtype, quantize=scheme)
+    if scheme is None:
+        read = original(saved / name, dtype=dtype)
+        assert all(torch.equal(p, q) for p, q in zip(read.parameters(), expected.parameters(), strict=True))
     again = checkpoints.load_folder(out)
     assert type(again).__name__ == family.model and not again.training and again.dtype == dtype
     with torch.no_grad():
@@ -116,17 +117,19 @@ def test_reports_and_prompt(saved, tmp_path, capsys):
         assert main([*arguments, "--report", str(tmp_path / f"report.{ending}")]) == 0
     document = json.loads((tmp_path / "report.json").read_text())
     assert document["model"]["class"] == "LlamaForCausalLM" and document["model"]["random_weights"] is False
-    assert document["accelerate"]["swapped"] == 12 and document["quantize"]["quantized"] == 14
+    assert document["accelerate"]["swapped"] == 14 and document["accelerate"]["quantization"]["quantized"] == 14
     assert "outputs differ by" in document["accelerate"]["whole"] and document["machine"]["torch"]
     prompt = document["prompt"]
     assert prompt["tokens"] == 9 and 0.01 < prompt["error"] < 0.5 and 0.0 <= prompt["same"] <= 1.0
     assert abs(prompt["loss"][0] - prompt["loss"][1]) < 0.5 and 3.0 < prompt["loss"][0] < 7.0
-    assert document["quantize"]["bytes_after"] < 0.5 * document["quantize"]["bytes_before"]
+    memory = document["accelerate"]["memory"]
+    assert memory["after"] < 0.5 * memory["before"] and memory["kept"] == 0
+    assert document["accelerate"]["lost"]["int4"] == pytest.approx(prompt["error"], rel=0.3)
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.txt").read_text()
     for part in ("swiglu (gate_proj, up_proj)", "fused attention, was sdpa", "int4, groups of 32", "on the prompt"):
         assert part in html.unescape(page) and part in text
     assert page.startswith("<!doctype html>") and page.count("<table>") == 3 and "http" not in page
-    assert "12 swapped" in capsys.readouterr().out
+    assert "14 swapped" in capsys.readouterr().out
 
 
 def test_config_alone_has_random_weights_and_says_so(saved, tmp_path, capsys):
@@ -261,13 +264,15 @@ def test_refuses_folders(saved, tmp_path, capsys):
     assert "describes no LlamaForCausalLM" in refused(capsys, folder)
 
 
-def test_a_model_that_disagrees_on_the_prompt_is_status_one(saved, capsys, monkeypatch):
+def test_a_model_that_disagrees_on_the_prompt_is_status_one(saved, tmp_path, capsys, monkeypatch):
     from llmkernels.accelerate import whole
 
     monkeypatch.setattr(whole, "compare", lambda before, after: (False, "outputs differ by 1 of their size"))
-    assert main(["accelerate", str(saved / "llama"), "--prompt", TEXT]) == 1
+    arguments = ["accelerate", str(saved / "llama"), "--prompt", TEXT, "--quantize", "int8", "--dtype", "bfloat16"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 1
     text = capsys.readouterr().out
-    assert "0 swapped" in text and "nothing was swapped" in text and "off by 0.0e+00" in text
+    assert "0 swapped" in text and "nothing was swapped, nor is it in bfloat16 and int8" in text
+    assert "off by 0.0e+00" in text and "not written: " in text and not (tmp_path / "out").exists()
 
 
 def test_every_option_is_explained():

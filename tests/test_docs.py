@@ -39,7 +39,7 @@ def test_python_code_in_attention_md_runs():
 
 def test_python_code_in_accelerate_md_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/accelerate.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, "docs/accelerate.md", "exec"), {"__name__": "docs"})
 

@@ -214,7 +214,7 @@ def test_restore_undoes_accelerate_too():
     types = [type(m) for m in model.modules()]
     llmkernels.accelerate(model, backend="torch")
     llmkernels.quantize(model, "int8", keep_original=True)
-    assert llmkernels.restore(model) == 9 + 5 and [type(m) for m in model.modules()] == types
+    assert llmkernels.restore(model) == 9 + 7 and [type(m) for m in model.modules()] == types
 
 
 def test_lstms():

@@ -9,15 +9,19 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmkernels import registry
 from llmkernels.accelerate import swap
 from llmkernels.accelerate.candidate import Candidate, rule
+from llmkernels.accelerate.conversion import Conversion
 from llmkernels.accelerate.functional_mode import FunctionalMode
 from llmkernels.accelerate.report import Report
 from llmkernels.accelerate.select import Selector
 from llmkernels.accelerate.session import Session
+from llmkernels.accelerate.snapshot import Snapshot
+from llmkernels.quantization.model import restore_quantized
 
 __all__ = ["Candidate", "Report", "accelerate", "accelerated", "restore"]
 
@@ -25,6 +29,8 @@ __all__ = ["Candidate", "Report", "accelerate", "accelerated", "restore"]
 def accelerate(
     model: nn.Module,
     *,
+    quantize: str | Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
@@ -36,16 +42,23 @@ def accelerate(
     """Run what llmkernels knows of `model` by llmkernels, where it is verified to agree; undone by `restore`.
 
     Found by what modules are made of and compute: LayerNorm, RMSNorm and what models write in their place (Llama's and
-    Gemma's form), gated MLPs, GELU and SiLU, rotary embedding in attention modules, MultiheadAttention, LSTM, LSTMCell,
-    CrossEntropyLoss; in models of Hugging Face's transformers the attention itself and the loss, through the interfaces
-    that the models have; and what `@accelerate.rule(MyModule)` adds. Each replacement is first run beside the original
-    in fp64, fp32 and the module's own dtype; one that disagrees in any row is refused. Modules of one class, shapes and
-    settings are verified once. Dropout of attention is drawn from torch's generator, but it is not torch's bit for bit;
+    Gemma's form), gated MLPs, GELU and SiLU, rotary embedding in attention modules, MultiheadAttention, LSTM, GRU,
+    their cells, Softmax, LogSoftmax, CrossEntropyLoss; sums of a residual before these norms, in the layers around
+    them; in models of Hugging Face's transformers the attention itself and the loss, through the interfaces that the
+    models have; and what `@accelerate.rule(MyModule)` adds. Each replacement is first run beside the original in fp64,
+    fp32 and the module's own dtype; one that disagrees in any row is refused. Modules of one class, shapes and settings
+    are verified once. Dropout of attention is drawn from torch's generator, but it is not torch's bit for bit;
     that of an LSTM on the CPU is.
 
     Args:
         model: any module; a second call on it reports the same and changes nothing more. If anything raises, the model
             is as it was before.
+        quantize: a scheme, as "int4", or a dict of the arguments of `llmkernels.quantize`, with "scheme": layers are
+            quantized after all else is done, in one report. Their weights are kept for `restore`, but with
+            `"keep_original": False`. With example inputs the report says how far the outputs are off then.
+        dtype: floating parameters and buffers are cast to it, as `model.to(dtype)` does: Parameter objects stay. The
+            tensors that they held are kept, and `restore` gives these back, bit for bit; what changed since, as in
+            training, keeps its values, in the dtype of before. Floating example inputs are cast too.
         backend: force a backend for what is swapped. By default a module is left alone where nothing faster than plain
             PyTorch could run it.
         include, exclude: what may be swapped (default: all), and what not; each a path, a glob of paths (`"*.mlp"`), a
@@ -60,29 +73,31 @@ def accelerate(
             backward), on the example inputs or on generated ones, and leave alone what would be slower.
         inplace: False accelerates a deep copy, which is the report's `model`.
     Returns: the report; print it.
-    Raises: ValueError, unknown backend; TypeError, an argument has a wrong type; what the model raises on the example
-        inputs.
+    Raises: ValueError, unknown backend, dtype or scheme, dtype or quantize of a model in a DistributedDataParallel;
+        TypeError, an argument has a wrong type; what the model raises on the example inputs, and what `quantize` does.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model is a {type(model).__name__}, expected a torch.nn.Module")
     if backend is not None:
         registry.checked_name(backend, "accelerate")
     model = model if inplace else copy.deepcopy(model)
-    session = Session(model, backend, include, exclude, verify=verify, benchmark=benchmark)
-    before = swap.state(model)
+    conversion = Conversion(model, dtype, quantize)
+    session = Session(model, backend, include, exclude, conversion, verify=verify, benchmark=benchmark)
+    before = Snapshot(model)
     try:
         return session.run(example_inputs)
     except BaseException:
-        swap.back_to(model, before)
+        before.come_back()
         raise
 
 
 def restore(model: nn.Module) -> int:
-    """Undo `accelerate`: the same module objects get their own class back, settings what they were.
+    """Undo `accelerate` and `quantize(model, keep_original=True)`: the same objects are what they were.
 
-    Returns how many changes were undone. A setting that somebody changed since stays as it is.
+    Module objects get their own class back, settings and tensors what they were. Returns how many changes were undone.
+    A setting that somebody changed since stays as it is.
     """
-    return sum(swap.undo(module) for module in model.modules())
+    return restore_quantized(model) + sum(swap.undo(module) for module in model.modules())
 
 
 @contextlib.contextmanager
@@ -107,12 +122,12 @@ def accelerated(model: nn.Module | None = None, *, backend: str | None = None, *
         return
     if "inplace" in options:
         raise TypeError("accelerated: inplace is no option here, the model itself is accelerated and restored")
-    before = swap.state(model) if isinstance(model, nn.Module) else {}
+    before = Snapshot(model) if isinstance(model, nn.Module) else None
     report = accelerate(model, backend=backend, **options)
     try:
         yield report
     finally:
-        swap.back_to(model, before)
+        before.come_back()
 
 
 accelerate.rule = rule

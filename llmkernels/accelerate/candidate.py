@@ -27,6 +27,9 @@ def fan_in(values: Tensor) -> Tensor:
     return values * (values.shape[-1] ** -0.5 if values.dim() > 1 else 0.5)
 
 
+_PLACES = ("layer_idx",)  # attributes that say where a module stands, for a cache, and not what it computes
+
+
 def signature(module: nn.Module) -> tuple:
     """What verification of a module depends on: its class, shapes, dtypes, devices and settings, and its children's."""
     tensors = tuple(
@@ -36,7 +39,7 @@ def signature(module: nn.Module) -> tuple:
     settings = tuple(
         (name, value if _is_plain(value) else id(value))
         for name, value in vars(module).items()
-        if not name.startswith("_") or _is_plain(value)
+        if (not name.startswith("_") or _is_plain(value)) and name not in _PLACES
     )
     children = tuple((name, None if m is None else signature(m)) for name, m in module._modules.items())
     return type(module), tensors, settings, children
@@ -52,13 +55,16 @@ def _is_plain(value) -> bool:
 class Trial:
     """Two functions that have to give the same for `inputs`: `original(*inputs)` and `replacement(*inputs)`.
 
-    Both return a tensor. `inputs` are floating; gradients are compared of them and of the named `parameters`.
+    Both return a tensor. `inputs` are floating; gradients are compared of them and of the named `parameters`. Of these
+    one may be nothing but rounding, as that of a key's bias; so it is measured by no less than `rounding` of the
+    largest value in any.
     """
 
     original: Callable[..., Tensor]
     replacement: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
     parameters: tuple[tuple[str, Tensor], ...] = ()
+    rounding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -158,8 +164,12 @@ def unfit(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     tensors = tensors_of(module)
+    if any(isinstance(tensor, nn.parameter.UninitializedTensorMixin) for tensor in tensors):
+        return "its parameters have no shape before its first input; accelerate it once they have"
     if any(tensor.is_meta for tensor in tensors):
         return "it is on the meta device, where there is nothing to verify with; accelerate it once it has values"
+    if any(tensor.is_inference() for tensor in tensors):
+        return "its tensors were made in inference mode, in which there are no gradients to compare"
     if any(hasattr(tensor, "placements") for tensor in tensors):
         return "its tensors are distributed; accelerate the model before it is sharded"
     devices = sorted({str(tensor.device) for tensor in tensors})

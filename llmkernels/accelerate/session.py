@@ -6,21 +6,27 @@ import torch
 from torch import nn
 
 from llmkernels import registry
-from llmkernels.accelerate import swap, timing, whole
+from llmkernels.accelerate import residual, swap, timing, whole
 from llmkernels.accelerate.candidate import Candidate, at_home, device_of, parameter_dtype, tensors_of
+from llmkernels.accelerate.conversion import Conversion
 from llmkernels.accelerate.huggingface import has_pretrained
 from llmkernels.accelerate.kinds import recognise
-from llmkernels.accelerate.report import Entry, Report
+from llmkernels.accelerate.report import Entry, Memory, Report
 from llmkernels.accelerate.select import Selection
+from llmkernels.accelerate.snapshot import Snapshot, bytes_kept
 from llmkernels.accelerate.trials import CANNOT_RUN
 from llmkernels.accelerate.verify import Verifier
+from llmkernels.quantization.model import bytes_of
 
 
 class Session:
     """What is asked for, and what is known on the way: the report, verifications, what modules are given."""
 
-    def __init__(self, model: nn.Module, backend: str | None, include, exclude, *, verify: bool, benchmark: bool):
-        self.model, self.backend = model, backend
+    def __init__(
+        self, model: nn.Module, backend: str | None, include, exclude, conversion: Conversion, *, verify: bool,
+        benchmark: bool,
+    ):  # fmt: skip
+        self.model, self.backend, self.conversion = model, backend, conversion
         self.selection = Selection(model, include, exclude)
         self.verifier = Verifier(backend)
         self.verify, self.benchmark = verify, benchmark
@@ -29,18 +35,31 @@ class Session:
         self._speeds: dict[tuple, float] = {}
 
     def run(self, example_inputs) -> Report:
+        call = None if example_inputs is None else whole.as_call(example_inputs)
+        start, bytes_before = Snapshot(self.model), bytes_of(self.model)
+        original = None
+        if call is not None and self.conversion.dtype is not None:
+            original, _ = whole.run(self.model, call)
+        to_quantize = self.conversion.to_quantize()
+        self.conversion.cast()
+        before = self._replace(None if call is None else self.conversion.cast_inputs(call), to_quantize)
+        if call is None or self._agrees(before, original or before, call, start):
+            self._quantize(start, original or before, call)
+        self.report.memory = Memory(bytes_before, bytes_of(self.model), bytes_kept(self.model))
+        return self.report
+
+    def _replace(self, call, to_quantize: set[int]) -> whole.Outcome | None:
+        """Swap what is to be swapped, with an entry for all that is recognised. Returns the outcome before that."""
         homes = _homes(self.model)
         found = {}
         for module in self.model.modules():
             with at_home(*homes[id(module)]):
-                known = None if isinstance(module, swap.Accelerated) else recognise(module)
-            found[id(module)] = known
-        call = None if example_inputs is None else whole.as_call(example_inputs)
+                unknown = isinstance(module, swap.Accelerated) or id(module) in to_quantize
+                found[id(module)] = None if unknown else recognise(module)
         before = None
         if call is not None:
             watched = [m for m in self.model.modules() if found[id(m)] is not None and found[id(m)][0]]
             before, self.captured = whole.run(self.model, call, watched)
-        unchanged = swap.state(self.model)
         covered: set[int] = set()
         for path, module in self.model.named_modules():
             if isinstance(module, swap.Accelerated):
@@ -50,21 +69,54 @@ class Session:
             elif found[id(module)] is not None and id(module) not in covered:
                 with at_home(*homes[id(module)]):
                     self.report.entries.append(self._consider(path, module, *found[id(module)], covered))
+        self._fuse_sums(homes)
         if has_pretrained(self.model):
             from llmkernels.accelerate.huggingface import settings
 
             self.report.entries += settings.apply(self)
-        if before is not None:
-            self._judge(before, call, unchanged)
-        return self.report
+        return before
 
-    def _judge(self, before: whole.Outcome, call, unchanged) -> None:
-        agrees, sentence = whole.compare(before, whole.run(self.model, call)[0])
+    def _fuse_sums(self, homes) -> None:
+        """Swap layers for the sums before norms that are swapped by now."""
+        for path, module in self.model.named_modules():
+            candidate = None if isinstance(module, swap.Accelerated) else residual.recognise(module)
+            if candidate is not None:
+                with at_home(*homes[id(module)]):
+                    entry = self._consider(path, module, [candidate], "", set())
+                if CANNOT_RUN not in entry.detail:  # a layer of another structure, whose parts are swapped
+                    self.report.entries.append(entry)
+
+    def _agrees(self, before: whole.Outcome, original: whole.Outcome, call, start: Snapshot) -> bool:
+        """Whether the whole model does, in its own dtype and in the one that it is cast to; if not, all is undone."""
+        with self.conversion.as_it_was():
+            agrees, sentence = whole.compare(original, whole.run(self.model, call)[0])
+        dtype, scheme = self.conversion.names()
+        if dtype is not None:
+            after, _ = whole.run(self.model, self.conversion.cast_inputs(call))
+            also, cast_sentence = whole.compare(before, after)
+            agrees, sentence = agrees and also, f"as it was, {sentence}; in {dtype}, {cast_sentence}"
+            self.report.lost[dtype] = whole.error(original, after)
         self.report.whole = sentence
         if not agrees:
-            swap.back_to(self.model, unchanged)
-            self.report.whole = f"{sentence}; nothing was swapped"
+            start.come_back()
+            names = " and ".join(filter(None, (dtype, scheme)))
+            self.report.lost = {}
+            self.report.whole = f"{sentence}; nothing was swapped{f', nor is it in {names}' if names else ''}"
             self.report.entries = [_taken_back(entry) for entry in self.report.entries]
+        return agrees
+
+    def _quantize(self, start: Snapshot, original: whole.Outcome | None, call) -> None:
+        dtype, scheme = self.conversion.names()
+        self.report.dtype = dtype
+        if scheme is None:
+            return
+        self.conversion.quantize()
+        self.report.quantization = self.conversion.report
+        if call is not None:
+            after, _ = whole.run(self.model, self.conversion.cast_inputs(call), gradients=False)
+            self.report.lost[scheme] = whole.error(original, after)
+        if not self.conversion.keeps_weights:
+            start.forget_originals()
 
     def _consider(self, path: str, module: nn.Module, found: list[Candidate], why: str, covered: set[int]) -> Entry:
         name = type(module).__name__
@@ -109,7 +161,7 @@ class Session:
             return "", f"backend {self.backend!r} cannot run it: {explained.reasons[self.backend]}"
         if explained.chosen == "torch" and registry.forced_backend(self.backend) is None:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in explained.reasons.items() if reason)
-            return "", f"nothing faster than plain PyTorch runs it here ({reasons})"
+            return "", f"nothing faster than plain PyTorch runs it here ({reasons or f'no kernel of {op}'})"
         return explained.chosen, None
 
 

@@ -29,17 +29,17 @@ class Accelerated:
 
 
 @functools.cache
-def _subclass(original: type, bind: Callable | None, backend: str | None) -> type:
+def _subclass(original: type, binds: Callable | None, backend: str | None) -> type:
     names = {"_original": original, "__module__": original.__module__}
-    if bind is not None:
-        names["forward"] = bind(original.forward, backend)
+    if binds is not None:
+        names["forward"] = binds.bind(original.forward, backend)
     return type(f"Accelerated{original.__name__}", (Accelerated, original), names)
 
 
 def _class_for(original: type, run: Callable, backend: str | None) -> type:
     """The subclass with the forward that calls `run`, or with the one that `run.bind` makes of the original's."""
-    bind = getattr(run, "bind", None)
-    return _subclass(original, bind, None if bind is None else backend)
+    binds = run if hasattr(run, "bind") else None  # equal ones make one class: a method of each would not be equal
+    return _subclass(original, binds, None if binds is None else backend)
 
 
 def _rebuild(original: type, run: Callable, backend: str | None) -> nn.Module:
@@ -67,16 +67,24 @@ class Setting(Protocol):
         """
 
 
-_SETTINGS = "_llmkernels_settings"
+SETTINGS = "_llmkernels_settings"
 
 
 def keep(module: nn.Module, setting: Setting) -> None:
     """Remember on `module` a setting that was made."""
-    vars(module).setdefault(_SETTINGS, []).append(setting)
+    vars(module).setdefault(SETTINGS, []).append(setting)
+
+
+def forget(module: nn.Module, setting: Setting) -> None:
+    """Take a setting that was undone, or is not to be, off the module that holds it."""
+    made = vars(module)[SETTINGS]
+    made[:] = [each for each in made if each is not setting]
+    if not made:
+        del vars(module)[SETTINGS]
 
 
 def settings_of(module: nn.Module) -> list[Setting]:
-    return vars(module).get(_SETTINGS, [])
+    return vars(module).get(SETTINGS, [])
 
 
 def undo(module: nn.Module, *, swapped: bool = False, settings: int = 0) -> int:
@@ -90,7 +98,7 @@ def undo(module: nn.Module, *, swapped: bool = False, settings: int = 0) -> int:
     while len(made) > settings:
         count += made.pop().undo(module)
     if not made:
-        vars(module).pop(_SETTINGS, None)
+        vars(module).pop(SETTINGS, None)
     return count
 
 

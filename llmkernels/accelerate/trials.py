@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkernels.accelerate.candidate import Candidate, Trial, device_of
+from llmkernels.accelerate.swap import SETTINGS
+from llmkernels.ops.quantized_linear.module import ORIGINAL
 
 ROWS = 8
 CANNOT_RUN = "the original cannot be run on generated input"
@@ -31,6 +33,8 @@ def plain_copy(module: nn.Module) -> nn.Module:
     }
     duplicate._buffers = {name: None if b is None else b.detach().clone() for name, b in module._buffers.items()}
     duplicate._modules = {name: None if m is None else plain_copy(m) for name, m in module._modules.items()}
+    for ours in (ORIGINAL, SETTINGS):  # which conversions of a copy would reach, too
+        vars(duplicate).pop(ours, None)
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         setattr(duplicate, hooks, OrderedDict())
     if isinstance(duplicate, nn.RNNBase):
@@ -93,7 +97,11 @@ def compare(trial: Trial, tolerance: float, *, gradients: bool) -> tuple[str | N
         actual = _run(trial.replacement, trial, gradients)
     except Exception as error:
         return f"it cannot be run on generated input ({type(error).__name__}: {error})", float("inf")
-    worst = 0.0
+    worst, floor = 0.0, 0.0
+    if trial.rounding:
+        sizes = [expected[f"gradient of {name}"] for name, _ in trial.parameters if gradients]
+        floor = trial.rounding * max((grad.abs().max().item() for grad in sizes if grad is not None), default=0.0)
+    own = {f"gradient of {name}" for name, _ in trial.parameters}
     for name, want in expected.items():
         got = actual[name]
         if got is None or want is None:
@@ -108,7 +116,7 @@ def compare(trial: Trial, tolerance: float, *, gradients: bool) -> tuple[str | N
         want, got = want.double().reshape(count, -1), got.double().reshape(count, -1)
         if not torch.equal(torch.isnan(want), torch.isnan(got)):
             return f"{name}: NaN in one and not in the other", float("inf")
-        off = relative_error(got, want)
+        off = relative_error(got, want, floor if name in own else 0.0)
         worst = max(worst, off)
         allowed = tolerance * (GRADIENTS if name != "output" and want_dtype == torch.float32 else 1.0)
         if want_dtype.itemsize == 2:  # a parameter that took part as it is
@@ -118,11 +126,11 @@ def compare(trial: Trial, tolerance: float, *, gradients: bool) -> tuple[str | N
     return None, worst
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """The largest error of a row of two matrices, relative to the row's largest value."""
+def relative_error(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
+    """The largest error of a row of two matrices, relative to its largest value, or to `floor` if that is more."""
     if want.numel() == 0:
         return 0.0
-    return ((got - want).abs().nan_to_num(0.0).amax(-1) / want.abs().amax(-1).clamp_min(1e-30)).max().item()
+    return ((got - want).abs().nan_to_num(0.0).amax(-1) / want.abs().amax(-1).clamp_min(max(floor, 1e-30))).max().item()
 
 
 def _run(function, trial: Trial, gradients: bool) -> dict[str, Tensor | None]:

@@ -38,7 +38,9 @@ def as_call(example_inputs) -> tuple[tuple, dict]:
     )
 
 
-def run(model: nn.Module, call: tuple[tuple, dict], watched: Iterable[nn.Module] = ()) -> tuple[Outcome, dict]:
+def run(
+    model: nn.Module, call: tuple[tuple, dict], watched: Iterable[nn.Module] = (), *, gradients: bool = True
+) -> tuple[Outcome, dict]:
     """The outcome, and what each `watched` module was given first, if that can be repeated: {id: (args, kwargs)}."""
     seen: dict[int, tuple] = {}
     handles = [module.register_forward_pre_hook(_Keep(seen), with_kwargs=True) for module in watched]
@@ -47,18 +49,18 @@ def run(model: nn.Module, call: tuple[tuple, dict], watched: Iterable[nn.Module]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
         model.eval()
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients):
             torch.manual_seed(0)
             outputs = [x for x in pytree.tree_leaves(_plain(model(*args, **kwargs))) if isinstance(x, Tensor)]
             kept = kwargs.get("attention_mask")
             outputs = [_without_padding(x, kept) for x in outputs if x.is_floating_point()]
-            gradients, problem = _gradients(outputs, parameters)
+            found, problem = _gradients(outputs, parameters)
     finally:
         for handle in handles:
             handle.remove()
         for module, training in modes:
             module.training = training
-    return Outcome([x.detach() for x in outputs], gradients, problem), seen
+    return Outcome([x.detach() for x in outputs], found, problem), seen
 
 
 def _gradients(outputs: list[Tensor], parameters: dict[str, nn.Parameter]) -> tuple[dict[str, Tensor], str | None]:
@@ -138,3 +140,10 @@ def compare(before: Outcome, after: Outcome) -> tuple[bool, str]:
     tail = f", gradients {worst['gradients']:.0e}" if before.gradients else ""
     tail += f"; it has no backward ({before.problem})" if before.problem else ""
     return True, f"outputs differ by {worst['outputs']:.0e} of their size{tail}"
+
+
+def error(before: Outcome, after: Outcome) -> float | None:
+    """The largest error of an output relative to its size, as norms; None: there is no floating output."""
+    pairs = zip(before.outputs, after.outputs, strict=True)
+    found = [((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)).item() for a, b in pairs]
+    return float(torch.tensor(found).max()) if found else None  # NaN, if there is one

@@ -57,7 +57,7 @@ class Work:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         begin = time.perf_counter()
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            total = 2 + sum(map(bool, (self.args.quantize, self.args.out)))
+            total = 2 + bool(self.args.out)
             progress.add_task(name, total=total, completed=len(self.seconds))
             yield
         self.seconds[name] = time.perf_counter() - begin
@@ -115,39 +115,48 @@ def _run(work: Work, console) -> int:
     console.print(page.sentence(work), markup=False)
     with work.stage(console, "accelerating"):
         report = llmkernels.accelerate(
-            model, backend=args.backend, include=args.include, exclude=args.exclude, benchmark=args.benchmark,
-            example_inputs=None if prompt is None else prompt.inputs,
+            model, quantize=_quantize(args), dtype=_dtype(args, model), backend=args.backend, include=args.include,
+            exclude=args.exclude, benchmark=args.benchmark, example_inputs=None if prompt is None else prompt.inputs,
         )  # fmt: skip
+    if report.quantization is not None and not report.quantization.quantized:
+        raise UsageError(f"--quantize: the model has no linear layer that can be: {_why_not(report.quantization)}")
     console.print(report)
-    quantized = None
-    if args.quantize is not None:
-        begin = time.perf_counter()
-        quantized = llmkernels.quantize(
-            model, args.quantize, group_size=args.group_size, embeddings=args.embeddings,
-            skip=tuple(args.skip) if args.skip else DEFAULT_SKIP,
-        )  # fmt: skip
-        work.seconds["quantizing"] = time.perf_counter() - begin
-        if not quantized.quantized:
-            raise UsageError(f"--quantize: the model has no linear layer that can be: {_why_not(quantized)}")
-        console.print(quantized)
-    if args.out is not None:
+    disagrees = report.whole is not None and not report.swapped
+    out = None if disagrees else args.out
+    if out is not None:
         with work.stage(console, "writing"):
             try:
-                save_folder(model, args.out, source=args.model, report=report)
+                save_folder(model, out, source=args.model, report=report)
             except OSError as error:
                 raise UsageError(f"--out: cannot write to {args.out}: {error.strerror or error}") from error
-    document = page.document(work, report, quantized, None if prompt is None else prompt.compare(model))
+    document = page.document(work, report, None if prompt is None else prompt.compare(model))
     for line in page.lines(document):
         console.print(line, markup=False)
     if args.report is not None:
         try:
-            args.report.write_text(page.WRITERS[args.report.suffix](document, report, quantized))
+            args.report.write_text(page.WRITERS[args.report.suffix](document, report))
         except OSError as error:
             raise UsageError(f"--report: cannot write {args.report}: {error.strerror}") from error
-    for path in filter(None, (args.out, args.report)):
+    for path in filter(None, (out, args.report)):
         console.print(f"written: {path}", markup=False)
-    disagrees = report.whole is not None and not report.swapped
+    if disagrees and args.out is not None:
+        console.print(f"not written: {args.out}, since the whole model disagrees", markup=False)
     return 1 if disagrees else 0
+
+
+def _quantize(args) -> dict | None:
+    """What accelerate is asked for. Nobody restores the model, so no weights are kept for that."""
+    if args.quantize is None:
+        return None
+    skip = tuple(args.skip) if args.skip else DEFAULT_SKIP
+    chosen = {"scheme": args.quantize, "group_size": args.group_size, "embeddings": args.embeddings, "skip": skip}
+    return chosen | {"keep_original": False}
+
+
+def _dtype(args, model: nn.Module) -> torch.dtype | None:
+    """What the model is cast to, where it has another dtype by now."""
+    dtype = None if args.dtype is None else hugging_face.DTYPES[args.dtype]
+    return None if dtype == model.dtype else dtype
 
 
 def _why_not(quantized) -> str:
@@ -179,7 +188,7 @@ def _load(work: Work) -> nn.Module:
         if method is not None:
             raise UsageError(f"{config}: quant_method is {method!r}, expected awq, gptq or none")
         if hugging_face.has_weights(args.model):
-            return hugging_face.read(args.model, document, dtype)
+            return hugging_face.read(args.model, document, None)  # cast when it is accelerated
     work.random = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

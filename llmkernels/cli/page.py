@@ -3,11 +3,9 @@
 import html
 import json
 
-from torch import nn
-
 from llmkernels import _html, machine
 from llmkernels.accelerate.swap import original_class
-from llmkernels.quantization.report import Report as QuantizeReport
+from llmkernels.quantization.model import bytes_of
 from llmkernels.quantization.report import bytes_text
 
 _STYLE = """
@@ -19,11 +17,6 @@ td { font-family: monospace; font-size: 13px; }
 """
 
 
-def size(model: nn.Module) -> int:
-    """Bytes of parameters and buffers."""
-    return sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
-
-
 def sentence(work) -> str:
     """What was loaded."""
     model = work.model
@@ -31,11 +24,11 @@ def sentence(work) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
     return (
         f"{work.args.model}: {type(model).__name__}, {count:,} parameters, {str(model.dtype).removeprefix('torch.')}, "
-        f"{bytes_text(size(model))}, {weights}"
+        f"{bytes_text(bytes_of(model))}, {weights}"
     )
 
 
-def document(work, report, quantized: QuantizeReport | None, prompt: dict | None) -> dict:
+def document(work, report, prompt: dict | None) -> dict:
     """All there is to say, in plain Python values."""
     model, out = work.model, work.args.out
     return {
@@ -45,18 +38,19 @@ def document(work, report, quantized: QuantizeReport | None, prompt: dict | None
             "class": original_class(model).__name__,
             "dtype": str(model.dtype).removeprefix("torch."),
             "random_weights": work.random,
-            "bytes": size(model),
+            "bytes": bytes_of(model),
         },
         "accelerate": report.to_dict(),
-        "quantize": None if quantized is None else quantized.to_dict(),
         "prompt": prompt,
-        "files": {} if out is None else {path.name: path.stat().st_size for path in sorted(out.iterdir())},
+        "files": {}
+        if out is None or not out.is_dir()
+        else {path.name: path.stat().st_size for path in sorted(out.iterdir())},
         "seconds": {name: round(seconds, 3) for name, seconds in work.seconds.items()},
     }
 
 
 def lines(document: dict) -> list[str]:
-    """What the tables of the two reports do not say."""
+    """What the report of `accelerate` does not say."""
     found = []
     if (prompt := document["prompt"]) is not None:
         line = f"on the prompt, {prompt['tokens']} tokens: outputs are off by {prompt['error']:.1e} of their size"
@@ -84,23 +78,22 @@ def _facts(document: dict) -> list[tuple[str, str]]:
     ]
 
 
-def as_json(document: dict, report, quantized) -> str:
+def as_json(document: dict, report) -> str:
     return json.dumps(document, indent=1) + "\n"
 
 
-def as_text(document: dict, report, quantized) -> str:
+def as_text(document: dict, report) -> str:
     facts = "\n".join(f"{name}: {value}" for name, value in _facts(document))
-    parts = [facts, str(report), *([str(quantized)] if quantized is not None else []), "\n".join(lines(document))]
+    parts = [facts, str(report), "\n".join(lines(document))]
     return "\n\n".join(parts) + "\n"
 
 
-def as_html(document: dict, report, quantized) -> str:
-    title = f"{document['model']['class']}, accelerated" + (" and quantized" if quantized is not None else "")
+def as_html(document: dict, report) -> str:
+    title = f"{document['model']['class']}, accelerated" + (" and quantized" if report.quantization is not None else "")
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         _html.table("", ("", ""), _facts(document)),
         report._repr_html_(),
-        "" if quantized is None else quantized._repr_html_(),
         *(f"<p>{html.escape(line)}</p>" for line in lines(document)),
     ]
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'

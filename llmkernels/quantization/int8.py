@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from llmkernels import registry
+from llmkernels._dtypes import without_autocast
 from llmkernels.quantization import _checks, _rows
 from llmkernels.quantization.tensor import QuantizedTensor
 
@@ -109,7 +110,7 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     Both are int8, or fp32 that holds such integers.
     """
     total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a.device):
         for first in range(0, a.shape[1], EXACT_COLUMNS):
             part = slice(first, first + EXACT_COLUMNS)
             total += (a[:, part].float() @ b[:, part].float().t()).to(torch.int32)

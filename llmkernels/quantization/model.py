@@ -5,7 +5,7 @@ references that somebody holds, hooks and shared uses; restoring is changing bot
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -66,12 +66,8 @@ def quantize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize: model is a {type(model).__name__}, expected a torch.nn.Module")
-    if isinstance(skip, str):
-        raise TypeError(f"quantize: skip is {skip!r}, expected a tuple of names")
-    if lstms and scheme != "w8a8":
-        raise ValueError(f"quantize: lstms=True with scheme {scheme!r}, expected 'w8a8', which QuantizedLSTM is")
-    QuantizedLinear(0, 0, scheme=scheme, group_size=group_size, **options)  # for its errors, before any work
-    report = Report(scheme, bytes_before=_bytes_of(model), kept=keep_original)
+    check_options(scheme, group_size, skip, lstms, options)
+    report = Report(scheme, bytes_before=bytes_of(model), kept=keep_original)
     chosen, skipped = choose(model, skip=tuple(skip), filter=filter, embeddings=embeddings, lstms=lstms)
     samples = {}
     if calibration is not None:
@@ -87,8 +83,17 @@ def quantize(
     for path, module in chosen.items():
         swap(module, made[path], keep_original)
     report.layers = [entries[path] for path, _ in model.named_modules() if path in entries]
-    report.bytes_after = _bytes_of(model)
+    report.bytes_after = bytes_of(model)
     return report
+
+
+def check_options(scheme: str, group_size: int | None, skip: Iterable[str], lstms: bool, options: dict) -> None:
+    """Raises what `quantize` raises for arguments that fit no model."""
+    if isinstance(skip, str):
+        raise TypeError(f"quantize: skip is {skip!r}, expected a tuple of names")
+    if lstms and scheme != "w8a8":
+        raise ValueError(f"quantize: lstms=True with scheme {scheme!r}, expected 'w8a8', which QuantizedLSTM is")
+    QuantizedLinear(0, 0, scheme=scheme, group_size=group_size, **options)
 
 
 def choose(model: nn.Module, *, skip: tuple[str, ...] = DEFAULT_SKIP, filter: Callable | None = None,
@@ -184,8 +189,7 @@ def _refusal(module: nn.Module, kind: type, parents: list[nn.Module], owners: di
 
 def _key(tensor: Tensor) -> int:
     """The same for tensors that begin at the same place in memory."""
-    lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
-    return id(tensor) if lazy or tensor.is_meta or not tensor.numel() else tensor.data_ptr()
+    return id(tensor) if is_lazy(tensor) or tensor.is_meta or not tensor.numel() else tensor.data_ptr()
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
@@ -201,7 +205,7 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 
 def _quantized(path: str, module: nn.Module, scheme: str, group_size: int | None, options: dict,
                sample: Tensor | None) -> tuple[nn.Module, Layer]:  # fmt: skip
-    name, before, output_error = f"{path}.weight".lstrip("."), _bytes_of(module), None
+    name, before, output_error = f"{path}.weight".lstrip("."), bytes_of(module), None
     if isinstance(module, nn.RNNBase):
         try:
             made = QuantizedLSTM.from_lstm(module)
@@ -222,7 +226,7 @@ def _quantized(path: str, module: nn.Module, scheme: str, group_size: int | None
             made, output_error = scales_of_inputs.search(linear, sample, scheme, group_size, name, options)
         pairs, detail = [(made, linear.weight)], made._described()
     error = _relative_error(pairs)
-    return made, Layer(path, type(module).__name__, True, detail, error, before, _bytes_of(made), output_error)
+    return made, Layer(path, type(module).__name__, True, detail, error, before, bytes_of(made), output_error)
 
 
 def _lstm_weight(made: QuantizedLSTM, name: str) -> QuantizedTensor:
@@ -252,16 +256,18 @@ def swap(module: nn.Module, made: nn.Module, keep_original: bool) -> None:
 
 
 def _hooks(module: nn.Module) -> dict[str, Any]:
-    """What a module object keeps whatever it becomes: its hooks, and whether it is training."""
-    return {name: value for name, value in vars(module).items() if "_hook" in name or name == "training"}
+    """What a module object keeps whatever it becomes: its hooks, whether it is training, settings of `accelerate`."""
+    kept = lambda name: "_hook" in name or name == "training" or name.startswith("_llmkernels_")
+    return {name: value for name, value in vars(module).items() if kept(name)}
 
 
-def restore_quantized(model: nn.Module) -> int:
+def restore_quantized(model: nn.Module, but: Collection[int] = ()) -> int:
     """Undo `quantize(model, keep_original=True)`: the same module objects get class and weights back. Returns how many.
 
-    Conversions and moves of the model since then are done to the weights too; a bias is kept as it is now.
+    Conversions and moves of the model since then are done to the weights too; a bias is kept as it is now. Modules
+    whose id is in `but` stay quantized.
     """
-    swapped = [module for module in model.modules() if ORIGINAL in vars(module)]
+    swapped = [module for module in model.modules() if ORIGINAL in vars(module) and id(module) not in but]
     for module in swapped:
         original = vars(module)[ORIGINAL]
         if isinstance(module, QuantizedLSTM):
@@ -276,8 +282,14 @@ def restore_quantized(model: nn.Module) -> int:
     return len(swapped)
 
 
-def _bytes_of(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+def bytes_of(module: nn.Module) -> int:
+    """Bytes of parameters and buffers, of those that have a size yet."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if not is_lazy(tensor))
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether it is to get its shape from the first input."""
+    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
 
 
 @contextlib.contextmanager

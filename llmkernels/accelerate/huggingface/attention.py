@@ -54,6 +54,8 @@ class Implementation:
 def attention_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     """The modules inside of transformers' models that call their attention by way of its interface."""
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         names = getattr(getattr(inspect.unwrap(original_forward(module)), "__code__", None), "co_names", ())
         if _INTERFACE in names and hasattr(module, "config"):
             yield path, module
@@ -63,14 +65,19 @@ def is_ours(config) -> bool:
     return str(config._attn_implementation).split("_")[0] == interface.NAME
 
 
-def why_not(module: nn.Module) -> str | None:
-    """Why this module's attention is not to be replaced, or None."""
+def why_not(module: nn.Module, owners: Iterable[nn.Module] = ()) -> str | None:
+    """Why this module's attention is not to be replaced, or None. `owners` are the models with its config."""
     current = module.config._attn_implementation
     if current not in _REPLACED:
         return f"its attention is {current!r}, which somebody chose, expected 'eager' or 'sdpa'"
     if (reason := unfit(module)) is not None:
         return reason
-    keywords = call_of_interface(inspect.unwrap(original_forward(module)))
+    forward = inspect.unwrap(original_forward(module))
+    # A mask that only hides later keys is not made for us, nor for transformers' sdpa: the module is to say it.
+    supported = any(getattr(owner, "_supports_sdpa", False) for owner in owners)
+    if not getattr(module, "is_causal", True) and not supported and "create_causal_mask" in forward.__globals__:
+        return "it does not say that it is causal, and its model, which has no sdpa either, makes causal masks"
+    keywords = call_of_interface(forward)
     if keywords is None or current_function(module) is None:
         return "how it calls its attention is not known"
     unknown = sorted(set(keywords) - interface.KNOWN)

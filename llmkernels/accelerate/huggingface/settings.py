@@ -27,7 +27,7 @@ def _attention(session) -> list[Entry]:
     refused, set_from = False, set()
     for key, modules in groups.items():
         config, owners = configs[key]
-        judged = [_judge(session, path, module) for path, module in modules]
+        judged = [_judge(session, path, module, owners) for path, module in modules]
         if not all(entry.swapped for entry in judged):
             refused = True
             first = next(entry for entry in judged if not entry.swapped)
@@ -59,11 +59,11 @@ def _entry(path: str, like: Entry, why: str) -> Entry:
     return Entry(path, like.module, False, why, like.error, speed=like.speed)
 
 
-def _judge(session, path: str, module: nn.Module) -> Entry:
+def _judge(session, path: str, module: nn.Module, owners: list[nn.Module]) -> Entry:
     name = swap.original_class(module).__name__
     if attention.is_ours(module.config):
         return Entry(path, name, True, "swapped before", replacement="swapped before")
-    reason = session.selection.why_not(module) or attention.why_not(module)
+    reason = session.selection.why_not(module) or attention.why_not(module, owners)
     if reason is not None:
         return Entry(path, name, False, reason)
     like = torch.empty(1, 1, 1, 16, dtype=parameter_dtype(module), device=device_of(module))

@@ -7,6 +7,7 @@ A new kind is a new file.
 import importlib
 import pkgutil
 
+import torch
 from torch import nn
 
 from llmkernels.accelerate.candidate import Found, unfit, user_rules
@@ -19,6 +20,8 @@ KINDS = tuple(
 
 def recognise(module: nn.Module) -> Found:
     """The candidates for a module, best first; if there are none, why; None if it is nothing that we know."""
+    if isinstance(module, torch.jit.ScriptModule):  # whose class has no forward to look at
+        return [], "it is TorchScript; accelerate the module that it was made of"
     found = _recognise(module)
     reason = None if found is None else unfit(module)
     return found if reason is None else ([], reason)

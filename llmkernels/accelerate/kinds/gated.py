@@ -20,7 +20,7 @@ from llmkernels.accelerate.candidate import (
     parameter_dtype,
 )
 from llmkernels.accelerate.kinds.activations import activation_of, hooked
-from llmkernels.accelerate.trials import module_trial, plain_copy, randomised, rows
+from llmkernels.accelerate.trials import module_trial, name_of, plain_copy, randomised, rows
 from llmkernels.ops.gated.op import OP_OF, gated
 
 _WIDTH, _INNER = 48, 64  # of the stand-in: apart, so that no layer fits in another's place
@@ -43,6 +43,10 @@ def recognise(module: nn.Module) -> Found:
         return None
     if not names:
         return [], f"its activation {type(rest[act]).__name__} is none of silu, gelu, tanh gelu and relu"
+    weights = (getattr(child, "weight", None) for child in linears.values())  # quantized ones take any dtype
+    dtypes = {w.dtype for w in weights if isinstance(w, Tensor) and w.is_floating_point() and w.dtype.itemsize > 1}
+    if len(dtypes) > 1:  # as T5 in fp16, which converts between them
+        return [], f"its layers are in {' and '.join(sorted(map(name_of, dtypes)))}, expected one dtype"
     unit = _Gated(*roles, activation="", act=act)
     if unit.runnable(module) is None:  # an attention module has such layers too
         return None

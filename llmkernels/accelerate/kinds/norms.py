@@ -1,11 +1,12 @@
 """LayerNorm and RMSNorm of torch, and RMS norms as models write them, found by what they are made of."""
 
+from collections.abc import Callable
 from numbers import Real
 
 from torch import Tensor, nn
 
 from llmkernels import functional
-from llmkernels.accelerate.candidate import Candidate, Found
+from llmkernels.accelerate.candidate import Candidate, Found, original_forward
 from llmkernels.ops.norm.op import run_rms_norm
 
 EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "rms_norm_eps")
@@ -41,6 +42,16 @@ def rms_norm(module, input: Tensor, backend: str | None) -> Tensor:
     return functional.rms_norm(input, module.normalized_shape, module.weight, module.eps, backend=backend)
 
 
+def add_layer_norm(module, input: Tensor, residual: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
+    return functional.add_layer_norm(
+        input, residual, module.normalized_shape, module.weight, module.bias, module.eps, backend=backend
+    )
+
+
+def add_rms_norm(module, input: Tensor, residual: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
+    return functional.add_rms_norm(input, residual, module.normalized_shape, module.weight, module.eps, backend=backend)
+
+
 class _StructuralRMSNorm:
     """rms_norm over the last dimension with the module's `weight` and the eps found under `eps_name`."""
 
@@ -48,13 +59,36 @@ class _StructuralRMSNorm:
         self.eps_name, self.weight_offset = eps_name, weight_offset
 
     def __call__(self, module, input: Tensor, backend: str | None) -> Tensor:
-        weight, eps = module.weight, getattr(module, self.eps_name)
-        if input.is_cpu and input.dtype == weight.dtype and weight.is_cpu and input.shape[-1:] == weight.shape:
-            # What functional.rms_norm would find out once more: a decoded token has dozens of norms.
-            return run_rms_norm("rms_norm", (input, None, weight), weight.shape, eps, self.weight_offset, backend)
-        return functional.rms_norm(
-            input, tuple(weight.shape), weight, eps, weight_offset=self.weight_offset, backend=backend
-        )
+        weight = module.weight
+        if weight.dtype.itemsize == 2 and input.dtype != weight.dtype:  # T5's converts such an input, Llama's does not
+            return original_forward(module)(module, input)
+        if self._is_plain(input, weight):
+            return run_rms_norm("rms_norm", (input, None, weight), *self._settings(module), backend)
+        shape, eps, offset = self._settings(module)
+        return functional.rms_norm(input, shape, weight, eps, weight_offset=offset, backend=backend)
+
+    def add(self, module, input: Tensor, residual: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
+        """For an input and a residual of one shape and dtype."""
+        weight = module.weight
+        if self._is_plain(input, weight):
+            return run_rms_norm("add_rms_norm", (input, residual, weight), *self._settings(module), backend)
+        shape, eps, offset = self._settings(module)
+        return functional.add_rms_norm(input, residual, shape, weight, eps, weight_offset=offset, backend=backend)
+
+    def _settings(self, module) -> tuple:
+        return module.weight.shape, getattr(module, self.eps_name), self.weight_offset
+
+    def _is_plain(self, input: Tensor, weight: Tensor) -> bool:
+        """Whether functional.rms_norm would find nothing to check or cast: a decoded token has dozens of norms."""
+        return input.is_cpu and input.dtype == weight.dtype and weight.is_cpu and input.shape[-1:] == weight.shape
+
+
+def with_residual(run: Callable | None) -> Callable | None:
+    """Of the forward of a swapped norm that of `norm(input + residual)` and the sum; None: it has none."""
+    return run.add if isinstance(run, _StructuralRMSNorm) else _ADDING.get(run)
+
+
+_ADDING = {layer_norm: add_layer_norm, rms_norm: add_rms_norm}
 
 
 def _structural(module: nn.Module) -> tuple[list[Candidate], str]:

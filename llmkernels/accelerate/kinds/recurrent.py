@@ -47,8 +47,8 @@ def cell_example(module: nn.LSTMCell) -> tuple[Tensor | None, ...]:
     return like.new_empty(1, module.input_size), *[like.new_empty(1, hidden)] * 2, like, module.weight_hh, None, None
 
 
-def _states(count: tuple[int, ...], sizes: tuple[int, int], like: Tensor) -> tuple[Tensor, ...]:
-    """h and c, which differ."""
+def states_like(count: tuple[int, ...], sizes: tuple[int, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """A state `[*count, size]` for each size, which differ."""
     generator = torch.Generator().manual_seed(4)
     return tuple(
         (0.5 * torch.randn((*count, size), generator=generator, dtype=torch.float64)).to(like) for size in sizes
@@ -62,7 +62,7 @@ def probe_lstm(module: nn.LSTM, forward: Callable, input: Tensor) -> Tensor:
     packed = rnn.pack_padded_sequence(batch, torch.tensor([5, 8]), enforce_sorted=False)
     batch = batch.transpose(0, 1) if module.batch_first else batch
     states = module.num_layers * (2 if module.bidirectional else 1)
-    hx = _states((states, 2), (module.proj_size or module.hidden_size, module.hidden_size), rows)
+    hx = states_like((states, 2), (module.proj_size or module.hidden_size, module.hidden_size), rows)
     was_training, results = module.training, []
     try:
         # With dropout both draw the same masks; on a GPU cuDNN has a generator of its own.
@@ -85,6 +85,6 @@ def probe_lstm(module: nn.LSTM, forward: Callable, input: Tensor) -> Tensor:
 def probe_cell(module: nn.LSTMCell, forward: Callable, input: Tensor) -> Tensor:
     """States after a step: with and without states given, of a batch and of one row."""
     rows = torch.sin(input[0])
-    hx = _states((len(rows),), (module.hidden_size, module.hidden_size), rows)
+    hx = states_like((len(rows),), (module.hidden_size, module.hidden_size), rows)
     results = [forward(rows), forward(rows, hx), forward(rows[0]), forward(rows[0], tuple(s[0] for s in hx))]
     return torch.cat([result.flatten() for ends in results for result in ends])

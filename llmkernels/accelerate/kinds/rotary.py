@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmkernels import functional
 from llmkernels.accelerate.candidate import Candidate, Found, Trial, device_of, original_forward, parameter_dtype
+from llmkernels.accelerate.rebinding import rebound
 
 _ARGUMENTS = ["q", "k", "cos", "sin"]
 _SIZE, _LENGTH = 16, 6
@@ -108,16 +109,6 @@ def _repeats(table: Tensor, form: str) -> bool:
     return torch.equal(first, second)
 
 
-def rebound(forward: types.FunctionType, name: str, form: str, backend: str | None) -> types.FunctionType:
-    """`forward` with the global `name` bound to ours. The other globals are those of now."""
-    ours = rotary(forward.__globals__[name], form, backend)
-    # Without the module's name: a compiler would look globals up in the module of that name, where ours is not.
-    scope = {key: value for key, value in forward.__globals__.items() if key != "__name__"} | {name: ours}
-    copied = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
-    copied.__kwdefaults__ = forward.__kwdefaults__
-    return copied
-
-
 @dataclass(frozen=True)
 class _Rebound:
     name: str
@@ -128,7 +119,8 @@ class _Rebound:
 
     def bind(self, forward: types.FunctionType, backend: str | None) -> types.FunctionType:
         """The forward itself, made once for a class: a compiler cannot look into the making."""
-        return rebound(forward, self.name, self.form, backend)
+        ours = rotary(forward.__globals__[self.name], self.form, backend)
+        return rebound(forward, {self.name: ours})
 
     def alike(self, module: nn.Module) -> tuple:
         function = original_forward(module).__globals__[self.name]

@@ -7,7 +7,7 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from llmkernels import _random
-from llmkernels._dtypes import accumulate_dtype
+from llmkernels._dtypes import accumulate_dtype, without_autocast
 from llmkernels.ops.attention.op import attend
 from llmkernels.ops.attention.reference import Options
 from llmkernels.ops.attention.sdpa import autocast
@@ -220,7 +220,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, seed: Tensor | None, options: Options) -> Tensor:
     """The weights of the fused product after dropout, [N, H, L, S] in the dtype of q, by plain PyTorch."""
     acc = accumulate_dtype(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         scores = (q.to(acc) @ k.to(acc).transpose(-1, -2)) * options.scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llmkernels import _op, _random
+from llmkernels._dtypes import autocast_dtype
 from llmkernels.ops.attention import arguments
 from llmkernels.ops.attention.op import attend
 
@@ -84,10 +85,9 @@ def _mask(mask: Tensor, query: Tensor, shape: tuple[int, ...], leading: torch.Si
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """As torch's own op: the lower type of autocast for everything floating but fp64."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0].device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     kept = (torch.float64, torch.bool)
     return tuple(t if t is None or t.dtype in kept else t.to(dtype) for t in tensors)
 

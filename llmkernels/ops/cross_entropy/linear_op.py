@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmkernels import _op, registry
 from llmkernels._autograd import differentiable_backward, is_differentiated, needs_grad, transform_active
-from llmkernels._dtypes import accumulate_dtype
+from llmkernels._dtypes import accumulate_dtype, autocast_dtype, without_autocast
 from llmkernels.ops.cross_entropy import op as cross_entropy_op
 from llmkernels.ops.cross_entropy import reference
 from llmkernels.ops.cross_entropy.op import arriving, check_float, check_place
@@ -94,7 +94,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         now = reduction != "none" and any(wanted) and not ctx.needs_input_grad[3]
         rows, acc = input.shape[0], accumulate_dtype(input.dtype)
         loss, stats = input.new_empty(rows, dtype=acc), input.new_empty((3, rows), dtype=acc)
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device):
             gradients = _Gradients(input, linear_weight, linear_bias, wanted if now else (False,) * 3)
             one = torch.ones((), dtype=acc, device=input.device)
             logits = _Logits(input, linear_weight, linear_bias)
@@ -224,9 +224,8 @@ def linear_cross_entropy(
     Raises: as `cross_entropy`.
     """
     cross_entropy_op.check_options(OP, reduction, label_smoothing, z_loss, softcap)
-    autocast = torch.is_autocast_enabled(input.device.type)
-    if autocast:  # as torch's linear, followed by a cross entropy in fp32
-        to = torch.get_autocast_dtype(input.device.type)
+    to = autocast_dtype(input.device)
+    if to is not None:  # as torch's linear, followed by a cross entropy in fp32
         cast = lambda t: t if t is None or t.dtype == torch.float64 else t.to(to)
         input, linear_weight, linear_bias = cast(input), cast(linear_weight), cast(linear_bias)
     _check(input, linear_weight, linear_bias)
@@ -238,7 +237,7 @@ def linear_cross_entropy(
     rows = input.reshape(-1, input.shape[-1])
     target = target.reshape(-1) if is_index else target.reshape(-1, classes)
     settings = Settings(ignore_index, label_smoothing, z_loss, softcap)
-    dtype = accumulate_dtype(input.dtype) if autocast else input.dtype
+    dtype = accumulate_dtype(input.dtype) if to is not None else input.dtype
     tensors = (rows, linear_weight, linear_bias, target, weight)
     chosen = registry.pick(OP, tensors, backend)
     if chosen.name == "torch" and transform_active():

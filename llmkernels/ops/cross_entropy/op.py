@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llmkernels import _op, registry
 from llmkernels._autograd import differentiable_backward, is_differentiated, needs_grad, transform_active
-from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_error
+from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, autocast_dtype, dtype_error
 from llmkernels.ops.cross_entropy import reference
 from llmkernels.ops.cross_entropy.reference import Settings
 
@@ -243,7 +243,7 @@ def cross_entropy(
     weight = prepared_weight(op, weight, classes, input)
     rows = _as_rows(input, axis, classes)
     target = target.reshape(-1) if is_index else _as_rows(target, axis, classes)
-    dtype = accumulate_dtype(input.dtype) if torch.is_autocast_enabled(input.device.type) else input.dtype
+    dtype = accumulate_dtype(input.dtype) if autocast_dtype(input.device) else input.dtype
     settings = Settings(ignore_index, label_smoothing, z_loss, softcap)
     loss = of_rows(rows, target, weight, reduction, settings, dtype, backend, may_ignore)
     return loss.view(batch) if reduction == "none" else loss

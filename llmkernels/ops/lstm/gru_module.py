@@ -7,6 +7,32 @@ from torch.nn.utils.rnn import PackedSequence
 from llmkernels.ops.lstm import gru
 
 
+def run_gru(module: torch.nn.RNNBase, input, hx: Tensor | None = None, lengths=None, *, backend: str | None = None):
+    """The forward of torch.nn.GRU on the parameters of `module`, with lengths."""
+    if lengths is not None and isinstance(input, PackedSequence):
+        raise ValueError("GRU: lengths is given with a PackedSequence, expected None: it has its own")
+    # Asked by name at every call: functional_call and pruning put other tensors there.
+    params = [getattr(module, name) for names in module._all_weights for name in names]
+    found = gru.run_batch(
+        input, hx, params, module.bias, module.num_layers, module.dropout, module.training, module.bidirectional,
+        module.batch_first, lengths, backend,
+    )  # fmt: skip
+    return found.output, found.states[0]
+
+
+def run_gru_cell(module: torch.nn.RNNCellBase, input: Tensor, hx: Tensor | None = None, *, backend: str | None = None):
+    """The forward of torch.nn.GRUCell on the parameters of `module`."""
+    if input.dim() not in (1, 2):
+        raise ValueError(f"GRUCell: input has shape {tuple(input.shape)}, expected 1-D or 2-D")
+    one = input.dim() == 1
+    h = input.new_zeros(*input.shape[:-1], module.hidden_size) if hx is None else hx
+    if one:
+        input, h = input[None], h[None]
+    parameters = (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
+    h = gru.gru_cell(input, h, *parameters, backend=backend)
+    return h[0] if one else h
+
+
 class GRU(torch.nn.RNNBase):
     """torch.nn.GRU on the torch backend: same constructor, same state_dict, same inputs and outputs.
 
@@ -33,15 +59,7 @@ class GRU(torch.nn.RNNBase):
         self.backend = backend
 
     def forward(self, input, hx: Tensor | None = None, lengths: Tensor | None = None):
-        if lengths is not None and isinstance(input, PackedSequence):
-            raise ValueError("GRU: lengths is given with a PackedSequence, expected None: it has its own")
-        # Asked by name at every call: functional_call and pruning put other tensors there.
-        params = [getattr(self, name) for names in self._all_weights for name in names]
-        found = gru.run_batch(
-            input, hx, params, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
-            self.batch_first, lengths, self.backend,
-        )  # fmt: skip
-        return found.output, found.states[0]
+        return run_gru(self, input, hx, lengths, backend=self.backend)
 
 
 class GRUCell(torch.nn.GRUCell):
@@ -61,11 +79,4 @@ class GRUCell(torch.nn.GRUCell):
         self.backend = backend
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if input.dim() not in (1, 2):
-            raise ValueError(f"GRUCell: input has shape {tuple(input.shape)}, expected 1-D or 2-D")
-        one = input.dim() == 1
-        h = input.new_zeros(*input.shape[:-1], self.hidden_size) if hx is None else hx
-        if one:
-            input, h = input[None], h[None]
-        h = gru.gru_cell(input, h, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, backend=self.backend)
-        return h[0] if one else h
+        return run_gru_cell(self, input, hx, backend=self.backend)

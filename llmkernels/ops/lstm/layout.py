@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from llmkernels._autograd import transform_active
+from llmkernels._dtypes import autocast_dtype
 from llmkernels.ops.lstm.arguments import check_like, checked_lengths
 
 STATE_NAMES = ("h0", "c0")
@@ -48,10 +49,9 @@ class States(NamedTuple):
 
 def autocast(input: Tensor, *others: Sequence[Tensor] | None) -> tuple:
     """Under autocast all tensors in its dtype, as torch's LSTM has them."""
-    kind = input.device.type
-    if not torch.is_autocast_enabled(kind) or input.dtype == torch.float64:
+    dtype = autocast_dtype(input.device)
+    if dtype is None or input.dtype == torch.float64:
         return input, *others
-    dtype = torch.get_autocast_dtype(kind)
     return input.to(dtype), *(None if group is None else [t.to(dtype) for t in group] for group in others)
 
 

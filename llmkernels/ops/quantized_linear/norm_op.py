@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmkernels import _op, registry
 from llmkernels._autograd import differentiable_backward, is_differentiated, needs_grad, transform_active
-from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_error
+from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, autocast_dtype, dtype_error
 from llmkernels.ops.norm import reference as norm_reference
 from llmkernels.ops.norm.op import rms_norm
 from llmkernels.ops.quantized_linear import op, reference
@@ -120,7 +120,7 @@ def run(input: Tensor, parts: Parts, shape: tuple[int, int], kind: Kind, bias: T
     """`rms_norm_quantized_linear` of a weight's parts."""
     op._check(input, parts, *shape, bias, OP)
     _check_norm(input, norm_weight)
-    if order is not None or torch.is_autocast_enabled(input.device.type):  # which has rules of its own for either op
+    if order is not None or autocast_dtype(input.device) is not None:  # which has rules of its own for either op
         normed = rms_norm(input, input.shape[-1:], norm_weight, eps, backend=backend)
         return op.run(normed, parts, shape, kind, bias, order, backend)
     acc = accumulate_dtype(input.dtype)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llmkernels import _op, registry
 from llmkernels._autograd import is_differentiated, needs_grad, transform_active
-from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, dtype_error
+from llmkernels._dtypes import FLOAT_DTYPES, accumulate_dtype, autocast_dtype, dtype_error
 from llmkernels.ops.quantized_linear import reference
 from llmkernels.quantization.tensor import QuantizedTensor
 
@@ -113,9 +113,9 @@ def run(input: Tensor, parts: Parts, shape: tuple[int, int], kind: Kind, bias: T
     if not fits or bias is not None:
         _check(input, parts, *shape, bias)
     if torch._C._is_any_autocast_enabled():
-        device = input.device.type
-        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-            input = input.to(torch.get_autocast_dtype(device))  # as torch's linear
+        lower = autocast_dtype(input.device)
+        if lower is not None and input.dtype != torch.float64:
+            input = input.to(lower)  # as torch's linear
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
     if order is not None:

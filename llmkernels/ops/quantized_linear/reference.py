@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from llmkernels._dtypes import accumulate_dtype
+from llmkernels._dtypes import accumulate_dtype, without_autocast
 from llmkernels.quantization import _groups, fp8, int4, int8, nf4
 from llmkernels.quantization.tensor import QuantizedTensor
 
@@ -33,7 +33,7 @@ def linear_fwd(x: Tensor, data: Tensor, scales: Tensor, zeros: Tensor | None, se
                bias: Tensor | None, format: str, group_size: int, activations: str) -> Tensor:  # fmt: skip
     """x `[M, K]`, bias `[N]` of its dtype: y `[M, N]`."""
     weight = weight_of(x.shape[1], data, scales, zeros, second_scales, format, group_size, activations)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         if not activations:
             return torch_functional.linear(x, FORMATS[format].dequantize(weight, x.dtype), bias)
         y = _integers(x, weight) if activations == "int8" else _fp8(x, weight)
@@ -71,7 +71,7 @@ def linear_bwd(dy: Tensor, data: Tensor, scales: Tensor, zeros: Tensor | None, s
                columns: int, format: str, group_size: int) -> Tensor:  # fmt: skip
     """dx = dy @ weight, `[M, K]`. Rounding of activations passes gradients through as they are."""
     weight = weight_of(columns, data, scales, zeros, second_scales, format, group_size)
-    with torch.autocast(dy.device.type, enabled=False):
+    with without_autocast(dy.device):
         return dy @ FORMATS[format].dequantize(weight, dy.dtype)
 
 
