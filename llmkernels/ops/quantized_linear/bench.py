@@ -1,7 +1,6 @@
 """What is worth timing for quantized_linear and rms_norm_quantized_linear, and the peers to beat."""
 
 import functools
-
 import os
 
 import torch
