@@ -270,6 +270,30 @@ def test_every_instruction_set(dtype, isa, poison):
     assert failures(judge_results(cases, case, inputs, results)) == []
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=short_name)
+def test_products_of_rows_on_every_instruction_set(dtype, isa, poison):
+    product = torch.ops.llmkernels_cpu.rows_product
+    allowed = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}[dtype]
+    for N, K, C in ((1, 1, 1), (7, 33, 65), (75, 270, 130), (145, 515, 64)):
+        x, w, b = (torch.randn(shape).to(dtype) for shape in ((N, K), (C, K), (C,)))
+        truth = x.double() @ w.double().t()
+        pairs = ((product(x, w, b, False), truth + b.double()), (product(x, w.t(), None, True), truth))
+        for found, expected in pairs:
+            assert (found.double() - expected).abs().max() <= allowed * expected.abs().max()
+    with pytest.raises(ValueError, match=r"rows_product: weights has shape \[2, 3\], expected \[2, 5\]"):
+        product(torch.randn(4, 5), torch.randn(2, 3), None, False)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=short_name)
+def test_the_input_of_many_rows_has_gradients(dtype, backend, device):
+    """Enough rows for the packed product, forward and backward, beside torch's."""
+    case = cases.LSTMCase("lstm", T=12, B=24, I=40, H=36, dtype=dtype)
+    skip_unless(backend, case)
+    inputs = cases.make_inputs(case, device)
+    results = outputs_and_gradients(inputs, lambda leaves: cases.call(case, leaves, backend))
+    assert failures(judge_results(cases, case, inputs, results)) == []
+
+
 LIMIT = 40.0  # a gate that is open in every digit
 
 

@@ -34,7 +34,7 @@ def run_gru_cell(module: torch.nn.RNNCellBase, input: Tensor, hx: Tensor | None 
 
 
 class GRU(torch.nn.RNNBase):
-    """torch.nn.GRU on the torch backend: same constructor, same state_dict, same inputs and outputs.
+    """torch.nn.GRU run by llmkernels: same constructor, same state_dict, same inputs and outputs.
 
     Not a subclass of torch.nn.GRU, because torch.compile refuses to look into those. `forward` also takes `lengths`
     `[B]` of a padded batch in any order. `backend` forces a backend.
@@ -63,7 +63,7 @@ class GRU(torch.nn.RNNBase):
 
 
 class GRUCell(torch.nn.GRUCell):
-    """torch.nn.GRUCell in plain PyTorch: same constructor, same state_dict. `backend` forces a backend."""
+    """torch.nn.GRUCell run by llmkernels: same constructor, same state_dict. `backend` forces a backend."""
 
     def __init__(
         self,
