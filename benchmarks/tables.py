@@ -30,7 +30,7 @@ def table(document: dict) -> str:
         facts["gpu"] if facts["device"] == "cuda" else f"{facts['cpu']} ({facts['isa']}), {facts['threads']} thread(s)"
     )
     cache = "cold" if facts["cold"] else "warm"
-    results = document["results"]
+    results = [result for result in document["results"] if result["ratios"]]  # none: no peer was right
     names = {name for result in results for name in result["candidates"] if name not in result["ratios"]}
     named = names <= set(PEERS)  # else each case has peers of its own, of which the best is shown
     peers = PEERS if named else ("best peer",)

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from llmkernels import registry
+from llmkernels.benchmarking.runner import _distance
 from llmkernels.cli import main
 
 
@@ -68,6 +70,13 @@ def test_bench_checks_no_gradient_where_the_forward_alone_is_timed(capsys, monke
     assert main([*arguments, "4096x1024-fp32 fwd$"]) == 0
     assert main([*arguments, "4096x1024-fp32 fwd"]) == 1
     assert "no time, wrong answer: rms_norm-4096x1024-fp32 on torch: dx" in capsys.readouterr().out
+
+
+def test_bench_compares_what_is_infinite():
+    """log_softmax of what is hidden is -inf, in the truth too."""
+    want = torch.tensor([3.0, -4.0, -torch.inf])
+    assert _distance(want + torch.tensor([1.0, 1.0, 0.0]), want) == pytest.approx((1.0, 12.5**0.5))
+    assert _distance(torch.zeros(3), want)[0] == torch.inf
 
 
 def test_bench_gives_no_time_to_a_wrong_answer(capsys, monkeypatch):
