@@ -137,7 +137,7 @@ def _checked(cases, bench, case, device: str, compiled: bool, backend: str | Non
     """The candidates, and a sentence for each whose outputs or gradients are wrong."""
     functions = candidates_of(cases, bench, case, device, compiled=compiled, backend=backend)
     inputs = cases.make_inputs(case, device, seed=1)
-    inputs = inputs if gradients else inputs.without_leaves()
+    inputs = inputs if gradients else inputs.unwatched()
     plain = bench.without_chance(case) if hasattr(bench, "without_chance") else case
     if plain == case:
         return functions, _wrong(cases, case, inputs, functions)

@@ -39,7 +39,7 @@ class Expected:
 
 def expected(cases: ModuleType, case, inputs: Inputs) -> Expected:
     plain = baseline(cases, case, inputs)
-    # Of inputs without leaves the baseline has outputs only, the truth of some families gradients still.
+    # Of unwatched inputs the baseline has outputs only, the truth of some families gradients still.
     truth = {name: value for name, value in cases.truth(case, inputs).items() if name in plain}
     floors = {name: cases.term_size(case, inputs, name) for name in truth}
     return Expected(truth, plain, floors)

@@ -1,5 +1,6 @@
 """The tensors of one case, and how outputs and gradients are had from them: the same for every op family."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -33,6 +34,7 @@ class Inputs:
     LEAVES: ClassVar[tuple[str, ...]]
     OUTPUTS: ClassVar[tuple[str, ...]]
     GRADS: ClassVar[tuple[str, ...]]
+    WATCHED: ClassVar[bool] = True  # whether leaves are to have gradients
 
     def leaf_names(self) -> list[str]:
         return [name for name in self.LEAVES if getattr(self, name) is not None]
@@ -44,20 +46,22 @@ class Inputs:
         """The same inputs with other tensors under these names."""
         return dataclasses.replace(self, **tensors)
 
-    def without_leaves(self) -> "Inputs":
+    def unwatched(self) -> "Inputs":
         """The same inputs, of which nothing has a gradient: what is run on them has outputs only."""
-        kind = type(self)
-        frozen = type(kind.__name__, (kind,), {"LEAVES": ()})
-        return frozen(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        found, kind = copy.copy(self), type(self)
+        found.__class__ = type(kind.__name__, (kind,), {"WATCHED": False})
+        return found
 
     def requiring_grad(self) -> "Inputs":
         """The same inputs with leaves of autograd's graph."""
+        if not self.WATCHED:
+            return self
         return self.replace(**{name: getattr(self, name).detach().requires_grad_() for name in self.leaf_names()})
 
     def backward(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The gradients of the leaves, in their order."""
-        if not self.leaf_names():
-            return ()  # of an op without a backward
+        if not self.WATCHED or not self.leaf_names():
+            return ()  # the latter of an op without a backward
         arriving = [getattr(self, name) for name in self.GRADS[: len(outputs)]]
         return torch.autograd.grad(outputs, self.leaves(), arriving)
 
@@ -68,4 +72,5 @@ def outputs_and_gradients(inputs: Inputs, function: Callable[[Inputs], tuple[Ten
     outputs = function(fresh)
     grads = fresh.backward(outputs)
     results = dict(zip(inputs.OUTPUTS, (out.detach() for out in outputs), strict=False))
-    return results | {f"d{name}": grad for name, grad in zip(inputs.leaf_names(), grads, strict=True)}
+    names = inputs.leaf_names() if inputs.WATCHED else ()
+    return results | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
