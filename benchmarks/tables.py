@@ -102,7 +102,25 @@ def models(document: dict) -> str:
     return "\n".join(lines)
 
 
-OTHERS = {"accuracy": accuracy, "models": models}
+def sampling(document: dict) -> str:
+    """The measurements of benchmarks/ops/bench_sample.py in Markdown."""
+    facts, lines = document["machine"], []
+    lines += [
+        f"{facts['date']}, {facts['cpu']} ({facts['isa']}), {facts['threads']} thread(s), torch {facts['torch']};"
+        f" {document['vocabulary']:,} logits a row, medians.",
+        "",
+        "| rows | dtype | options | ours | usual code | times faster |",
+        "|---" * 6 + "|",
+    ]
+    for result in document["results"]:
+        options = ", ".join(f"{name}={value}" for name, value in result["options"].items())
+        ours, usual = (_milliseconds(result["candidates"][name]["median"]) for name in ("llmkernels", "usual"))
+        row = (str(result["rows"]), result["dtype"], options, ours, usual, f"**{result['ratio']:.1f}x**")
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+OTHERS = {"accuracy": accuracy, "models": models, "sampling": sampling}
 
 
 def _rate(result: dict, milliseconds: float, work: bool) -> str:
