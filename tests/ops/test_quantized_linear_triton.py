@@ -79,7 +79,7 @@ def test_activations_are_rounded_as_the_reference_does(dtype, K, triton_kernels)
     for module, name, types in ((int8, "int8", (torch.int8,)), (fp8, "fp8", (torch.uint8, torch.float16))):
         known, known_scales = module.quantize_rows(x)
         for to in types:
-            values, scales = (part.cpu() for part in triton_kernels._rounded(on_device, K, name, to))
+            values, scales = (part.cpu() for part in triton_kernels._rounded(on_device, K, name, to, None))
             torch.testing.assert_close(scales, known_scales.flatten(), rtol=0, atol=0, equal_nan=True)
             values = values.view(torch.float8_e4m3fn) if to == torch.uint8 else values
             assert torch.equal(values[finite].float(), known[finite].float())
