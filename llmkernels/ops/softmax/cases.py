@@ -19,7 +19,8 @@ class SoftmaxCase:
     """One call over the last dimension.
 
     `mask` is "" (none), "bool", or added: "bias" (finite), "add" (-inf in places) or "add_fp32"; `mask_shape` is None
-    for one of the shape of x. `data` names the distribution of x: normal, small, large, offset (all near 10,000).
+    for one of the shape of x. `data` names the distribution of x: normal, small, large, offset (all near 10,000). Of a
+    mask's first row nothing is left, `dead_row`.
     """
 
     op: str
@@ -29,6 +30,7 @@ class SoftmaxCase:
     mask: str = ""
     mask_shape: tuple[int, ...] | None = None
     data: str = "normal"
+    dead_row: bool = True
 
     @property
     def option(self) -> str:
@@ -67,7 +69,7 @@ _SCALE = {"normal": 2.0, "small": 1e-4, "large": 30.0, "offset": 1.0}
 
 
 def make_inputs(case: SoftmaxCase, device: str | torch.device = "cpu", seed: int = 0) -> SoftmaxInputs:
-    """Random tensors, the same for a case and seed on every device. Of a mask's first row nothing is left."""
+    """Random tensors, the same for a case and seed on every device."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(shape, scale=1.0):
@@ -79,7 +81,7 @@ def make_inputs(case: SoftmaxCase, device: str | torch.device = "cpu", seed: int
     if case.mask:
         shape = case.shape if case.mask_shape is None else case.mask_shape
         keep = torch.rand(shape, generator=generator) < 0.7
-        if keep.dim() > 1 and keep.numel() > 0:
+        if case.dead_row and keep.dim() > 1 and keep.numel() > 0:
             keep.view(-1, shape[-1])[0] = False
         if case.mask != "bool":
             mask = normal(shape)
