@@ -14,6 +14,7 @@ from llmkernels.accelerate import Candidate
 from llmkernels.accelerate.candidate import fan_in, user_rules
 from llmkernels.accelerate.kinds import gru as kind
 from llmkernels.testing.inputs import short_name
+from tests.recurrent_candidates import assert_verified, lengths_ignored, without_dropout
 
 LENGTHS = torch.tensor([4, 7, 2])
 X = torch.randn(7, 3, 8, generator=torch.Generator().manual_seed(1))
@@ -139,29 +140,13 @@ def _layers_of_states_swapped(module, input, hx=None, *, backend=None):
     return output, h.flip(0)
 
 
-def _lengths_ignored(module, input, hx=None, *, backend=None):
-    if not isinstance(input, rnn.PackedSequence):
-        return kind.gru(module, input, hx, backend="torch")
-    padded, lengths = rnn.pad_packed_sequence(input)
-    output, ends = kind.gru(module, padded, hx, backend="torch")
-    return rnn.pack_padded_sequence(output, lengths, enforce_sorted=False), ends
-
-
-def _no_dropout(module, input, hx=None, *, backend=None):
-    was, module.dropout = module.dropout, 0.0
-    try:
-        return kind.gru(module, input, hx, backend="torch")
-    finally:
-        module.dropout = was
-
-
 WRONG = {
     "r and z swapped": _gates((1, 0, 2)),
     "z and n swapped": _gates((0, 2, 1)),
     "state forgotten": _state_forgotten,
     "layers of states swapped": _layers_of_states_swapped,
-    "packed lengths ignored": _lengths_ignored,
-    "no dropout": _no_dropout,
+    "packed lengths ignored": lengths_ignored(kind.gru),
+    "no dropout": without_dropout(kind.gru),
     "biases added before the reset gate": _with_parameters(
         lambda name, p: torch.cat((p[:24], 0.0 * p[24:])) if name == "bias_hh_l0" else p
     ),
@@ -175,17 +160,8 @@ WRONG_CELLS = {
 
 @pytest.mark.parametrize("wrong", (None, *WRONG))
 def test_a_wrong_gru_is_refused(wrong):
-    run, options = WRONG.get(wrong, kind.gru), (kind.probe_gru, fan_in, kind.gru_example)
-    user_rules[Mine] = lambda module: [Candidate("gru", "candidate", (module.input_size,), run, *options)]
-    try:
-        module = Mine(8, 12, 2, dropout=0.3, bidirectional=True)
-        report = llmkernels.accelerate(module, backend="torch")
-    finally:
-        del user_rules[Mine]
-    if wrong is None:
-        assert report.swapped, str(report)
-    else:
-        assert "candidate disagrees" in report.kept[0].detail and type(module) is Mine
+    options = (kind.probe_gru, fan_in, kind.gru_example)
+    assert_verified(Mine, "gru", WRONG.get(wrong, kind.gru), options, wrong)
 
 
 @pytest.mark.parametrize("wrong", (None, *WRONG_CELLS))

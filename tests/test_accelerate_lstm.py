@@ -15,6 +15,7 @@ from llmkernels import _native
 from llmkernels.accelerate.candidate import Candidate, fan_in, user_rules
 from llmkernels.accelerate.kinds import recurrent
 from llmkernels.testing.inputs import short_name
+from tests.recurrent_candidates import assert_verified, lengths_ignored, without_dropout
 
 warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
 
@@ -161,22 +162,6 @@ def _not_reversed(module, input, hx=None, *, backend=None):
     return torch.cat((output[..., :half], other[..., half:].flip(time)), -1), ends
 
 
-def _steps_of_a_packed_one_ignored(module, input, hx=None, *, backend=None):
-    if not isinstance(input, rnn.PackedSequence):
-        return recurrent.lstm(module, input, hx, backend="torch")
-    padded, lengths = rnn.pad_packed_sequence(input)
-    output, ends = recurrent.lstm(module, padded, hx, backend="torch")
-    return rnn.pack_padded_sequence(output, lengths, enforce_sorted=False), ends
-
-
-def _no_dropout(module, input, hx=None, *, backend=None):
-    was, module.dropout = module.dropout, 0.0
-    try:
-        return recurrent.lstm(module, input, hx, backend="torch")
-    finally:
-        module.dropout = was
-
-
 WRONG = {
     "i and f swapped": _gates((1, 0, 2, 3)),
     "g and o swapped": _gates((0, 1, 3, 2)),
@@ -184,8 +169,8 @@ WRONG = {
     "h0 and c0 swapped": _given_states_swapped,
     "states forgotten": _states_forgotten,
     "reverse not reversed": _not_reversed,
-    "packed lengths ignored": _steps_of_a_packed_one_ignored,
-    "no dropout": _no_dropout,
+    "packed lengths ignored": lengths_ignored(recurrent.lstm),
+    "no dropout": without_dropout(recurrent.lstm),
     "a bias forgotten": _with_parameters(lambda name, p: p * 0.0 if name == "bias_hh_l1" else p),
     "one percent off": _with_parameters(lambda name, p: 1.01 * p if name == "weight_hh_l0" else p),
 }
@@ -193,18 +178,8 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", [None, *WRONG])
 def test_a_wrong_lstm_is_refused(wrong):
-    run = WRONG.get(wrong, recurrent.lstm)
     options = (recurrent.probe_lstm, fan_in, recurrent.lstm_example)
-    user_rules[Mine] = lambda module: [Candidate("lstm", "candidate", (module.input_size,), run, *options)]
-    try:
-        module = Mine(8, 12, 2, dropout=0.3, bidirectional=True)
-        report = llmkernels.accelerate(module, backend="torch")
-    finally:
-        del user_rules[Mine]
-    if wrong is None:
-        assert report.swapped, str(report)
-    else:
-        assert "candidate disagrees" in report.kept[0].detail and type(module) is Mine
+    assert_verified(Mine, "lstm", WRONG.get(wrong, recurrent.lstm), options, wrong)
 
 
 @pytest.mark.parametrize("wrong", (None, "swapped", "forgotten"))

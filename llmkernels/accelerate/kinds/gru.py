@@ -2,12 +2,10 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import rnn
 
 from llmkernels.accelerate.candidate import Candidate, Found, fan_in
-from llmkernels.accelerate.kinds.recurrent import states_like
+from llmkernels.accelerate.kinds.recurrent import probe_sequences, probe_steps
 from llmkernels.ops.lstm.gru_module import GRUCell, run_gru, run_gru_cell
 
 
@@ -44,33 +42,9 @@ def cell_example(module: nn.GRUCell) -> tuple[Tensor | None, ...]:
     return *states, like, module.weight_hh, module.bias_ih, module.bias_hh
 
 
-def probe_gru(module: nn.Module, forward: Callable, input: Tensor) -> Tensor:
-    """Outputs and states: with and without a state given, of one sequence, packed, and on the CPU with dropout."""
-    rows = torch.sin(input[0])  # rows of every size would close the gates
-    batch = torch.stack((rows, 0.5 * rows.flip(0)), 1)
-    packed = rnn.pack_padded_sequence(batch, torch.tensor([5, 8]), enforce_sorted=False)
-    batch = batch.transpose(0, 1) if module.batch_first else batch
-    (hx,) = states_like((module.num_layers * (2 if module.bidirectional else 1), 2), (module.hidden_size,), rows)
-    was_training, results = module.training, []
-    try:
-        # With dropout both draw the same masks; on a GPU cuDNN has a generator of its own.
-        for training in (False, True) if input.is_cpu else (False,):
-            module.train(training)
-            torch.manual_seed(5)
-            results += [forward(batch), forward(batch, hx), forward(rows, hx[:, 0])]
-            results += [forward(packed), forward(packed, hx)]
-    finally:
-        module.train(was_training)
-    flat = []
-    for output, ends in results:
-        output = output.data if isinstance(output, rnn.PackedSequence) else output
-        flat += [output.flatten(), ends.flatten()]
-    return torch.cat(flat)
+def probe_gru(module: nn.GRU, forward: Callable, input: Tensor) -> Tensor:
+    return probe_sequences(module, forward, input, (module.hidden_size,))
 
 
-def probe_cell(module: nn.Module, forward: Callable, input: Tensor) -> Tensor:
-    """The state after a step: with and without a state given, of a batch and of one row."""
-    rows = torch.sin(input[0])
-    (hx,) = states_like((len(rows),), (module.hidden_size,), rows)
-    results = [forward(rows), forward(rows, hx), forward(rows[0]), forward(rows[0], hx[0])]
-    return torch.cat([result.flatten() for result in results])
+def probe_cell(module: nn.GRUCell, forward: Callable, input: Tensor) -> Tensor:
+    return probe_steps(forward, input, (module.hidden_size,))

@@ -56,13 +56,22 @@ def states_like(count: tuple[int, ...], sizes: tuple[int, ...], like: Tensor) ->
 
 
 def probe_lstm(module: nn.LSTM, forward: Callable, input: Tensor) -> Tensor:
-    """Outputs and states: with and without states given, of one sequence, packed, and on the CPU with dropout."""
+    return probe_sequences(module, forward, input, (module.proj_size or module.hidden_size, module.hidden_size))
+
+
+def probe_cell(module: nn.LSTMCell, forward: Callable, input: Tensor) -> Tensor:
+    return probe_steps(forward, input, (module.hidden_size, module.hidden_size))
+
+
+def probe_sequences(module: nn.RNNBase, forward: Callable, input: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Outputs and states of these `sizes`: with and without states given, of one sequence, packed, on the CPU with
+    dropout."""
     rows = torch.sin(input[0])  # rows of every size would close the gates
     batch = torch.stack((rows, 0.5 * rows.flip(0)), 1)
     packed = rnn.pack_padded_sequence(batch, torch.tensor([5, 8]), enforce_sorted=False)
     batch = batch.transpose(0, 1) if module.batch_first else batch
-    states = module.num_layers * (2 if module.bidirectional else 1)
-    hx = states_like((states, 2), (module.proj_size or module.hidden_size, module.hidden_size), rows)
+    states = states_like((module.num_layers * (2 if module.bidirectional else 1), 2), sizes, rows)
+    hx, of_one = _as_given(states), _as_given(tuple(state[:, 0] for state in states))
     was_training, results = module.training, []
     try:
         # With dropout both draw the same masks; on a GPU cuDNN has a generator of its own.
@@ -71,20 +80,30 @@ def probe_lstm(module: nn.LSTM, forward: Callable, input: Tensor) -> Tensor:
             torch.manual_seed(5)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
-                results += [forward(batch), forward(batch, hx), forward(rows, tuple(s[:, 0] for s in hx))]
+                results += [forward(batch), forward(batch, hx), forward(rows, of_one)]
                 results += [forward(packed), forward(packed, hx)]
     finally:
         module.train(was_training)
     flat = []
     for output, ends in results:
         output = output.data if isinstance(output, rnn.PackedSequence) else output
-        flat += [result.flatten() for result in (output, *ends)]
+        flat += [result.flatten() for result in (output, *_all(ends))]
     return torch.cat(flat)
 
 
-def probe_cell(module: nn.LSTMCell, forward: Callable, input: Tensor) -> Tensor:
+def probe_steps(forward: Callable, input: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """States after a step: with and without states given, of a batch and of one row."""
     rows = torch.sin(input[0])
-    hx = states_like((len(rows),), (module.hidden_size, module.hidden_size), rows)
-    results = [forward(rows), forward(rows, hx), forward(rows[0]), forward(rows[0], tuple(s[0] for s in hx))]
-    return torch.cat([result.flatten() for ends in results for result in ends])
+    states = states_like((len(rows),), sizes, rows)
+    hx, of_one = _as_given(states), _as_given(tuple(state[0] for state in states))
+    results = [forward(rows), forward(rows, hx), forward(rows[0]), forward(rows[0], of_one)]
+    return torch.cat([result.flatten() for ends in results for result in _all(ends)])
+
+
+def _as_given(states: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """As torch's modules take them: a state alone is no tuple."""
+    return states if len(states) > 1 else states[0]
+
+
+def _all(states: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return states if isinstance(states, tuple) else (states,)
