@@ -11,7 +11,7 @@ from torch.nn.utils import rnn
 import llmkernels
 from llmkernels import _native, functional, nn
 from llmkernels.ops.lstm import cases, reference
-from llmkernels.testing.battery import failures, judge_results
+from llmkernels.testing.battery import failures, judge, judge_results
 from llmkernels.testing.inputs import outputs_and_gradients, short_name
 from tests.conftest import device_of
 
@@ -261,13 +261,8 @@ SMALL = (  # one case of each shape of tile and way of reading the weights
 def test_every_instruction_set(dtype, isa, poison):
     for options in SMALL:
         case = cases.LSTMCase("lstm", dtype=dtype, **options)
-        inputs = cases.make_inputs(case)
-        results = outputs_and_gradients(inputs, lambda leaves, case=case: cases.call(case, leaves, "cpu"))
-        assert failures(judge_results(cases, case, inputs, results)) == [], options
-    case = cases.LSTMCase("lstm_cell", B=5, H=37, dtype=dtype)
-    inputs = cases.make_inputs(case)
-    results = outputs_and_gradients(inputs, lambda leaves: cases.call(case, leaves, "cpu"))
-    assert failures(judge_results(cases, case, inputs, results)) == []
+        assert failures(judge(cases, case, "cpu")) == [], options
+    assert failures(judge(cases, cases.LSTMCase("lstm_cell", B=5, H=37, dtype=dtype), "cpu")) == []
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=short_name)
