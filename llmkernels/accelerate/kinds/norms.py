@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from llmkernels import functional
 from llmkernels.accelerate.candidate import Candidate, Found, original_forward
-from llmkernels.ops.norm.op import run_rms_norm
 
 EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "rms_norm_eps")
 
@@ -62,25 +61,18 @@ class _StructuralRMSNorm:
         weight = module.weight
         if weight.dtype.itemsize == 2 and input.dtype != weight.dtype:  # T5's converts such an input, Llama's does not
             return original_forward(module)(module, input)
-        if self._is_plain(input, weight):
-            return run_rms_norm("rms_norm", (input, None, weight), *self._settings(module), backend)
         shape, eps, offset = self._settings(module)
         return functional.rms_norm(input, shape, weight, eps, weight_offset=offset, backend=backend)
 
     def add(self, module, input: Tensor, residual: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
         """For an input and a residual of one shape and dtype."""
-        weight = module.weight
-        if self._is_plain(input, weight):
-            return run_rms_norm("add_rms_norm", (input, residual, weight), *self._settings(module), backend)
         shape, eps, offset = self._settings(module)
-        return functional.add_rms_norm(input, residual, shape, weight, eps, weight_offset=offset, backend=backend)
+        return functional.add_rms_norm(
+            input, residual, shape, module.weight, eps, weight_offset=offset, backend=backend
+        )
 
     def _settings(self, module) -> tuple:
-        return module.weight.shape, getattr(module, self.eps_name), self.weight_offset
-
-    def _is_plain(self, input: Tensor, weight: Tensor) -> bool:
-        """Whether functional.rms_norm would find nothing to check or cast: a decoded token has dozens of norms."""
-        return input.is_cpu and input.dtype == weight.dtype and weight.is_cpu and input.shape[-1:] == weight.shape
+        return tuple(module.weight.shape), getattr(module, self.eps_name), self.weight_offset
 
 
 def with_residual(run: Callable | None) -> Callable | None:
